@@ -1,0 +1,441 @@
+"""The typed configuration of a run, and the rules that tie its fields together.
+
+Groups whose choice is a class (``objective``, ``schedule``, ``tau``, ``task``) are tagged by their
+``name`` field and described where the class lives; everything else is described here. A value that
+breaks a rule raises ``ConfigError`` with the key, the value and the rule, before any process group
+or file is made. Defaults stand here and, commented, in ``conf/``; a test holds them equal.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from nemo_apo.core.alpha_schedule import SCHEDULES, GuardedSchedule, Schedule
+from nemo_apo.core.anchoring import ANCHORS
+from nemo_apo.core.diagnostics import Thresholds
+from nemo_apo.core.filtering import GroupRules
+from nemo_apo.core.objectives import OBJECTIVES, Apo, Objective, Regularizers
+from nemo_apo.core.temperature import TEMPERATURES, FixedTemperature, Temperature
+from nemo_apo.tasks import TASKS, SortTask, Task
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run; its message names key, value and rule."""
+
+
+IF_EXISTS_RULES = ("error", "overwrite", "resume")
+CONSOLES = ("auto", "plain", "off")
+BACKENDS = ("auto", "gloo", "nccl")
+
+
+def require(holds: bool, key: str, value: object, rule: str) -> None:
+    """Raise ``ConfigError`` unless the rule holds for the value of the key."""
+    if not holds:
+        raise ConfigError(f"{key}={value}: {rule}")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run: where it is written, how long it is, what it shows.
+
+    Attributes:
+        name: folder under ``root``.
+        root: parent folder of runs, relative to the working directory.
+        seed: of weights, prompts and sampling.
+        steps: RL steps.
+        if_exists: "error", "overwrite" or "resume" where the folder already holds a run.
+        dry_run: check and print, train nothing.
+        save_every: RL steps between checkpoints; 0 saves none (but ``stop_after`` still does).
+        stop_after: stop (and save) after this RL step, to be resumed later; null runs to the end.
+        threads: CPU threads per rank; null shares the machine's cores among its ranks.
+        console: "auto" (live on a terminal, plain lines elsewhere), "plain" or "off".
+        tensorboard: write TensorBoard event files.
+        wandb: also log to Weights & Biases (the ``wandb`` extra).
+        wandb_project: its project.
+        report: write report.html and report.png at the end.
+    """
+
+    name: str = "quickstart"
+    root: str = "runs"
+    seed: int = 0
+    steps: int = 80
+    if_exists: str = "error"
+    dry_run: bool = False
+    save_every: int = 40
+    stop_after: int | None = None
+    threads: int | None = None
+    console: str = "auto"
+    tensorboard: bool = True
+    wandb: bool = False
+    wandb_project: str = "nemo_apo"
+    report: bool = True
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A Qwen3-shaped dense decoder: RMSNorm, SwiGLU, RoPE, grouped-query attention, no bias.
+
+    Attributes:
+        num_layers, hidden_size, ffn_hidden_size: sizes.
+        num_attention_heads, num_query_groups: query heads and key/value heads.
+        kv_channels: size of one head.
+        qk_layernorm: RMSNorm on queries and keys (Qwen3).
+        rotary_base: RoPE base.
+        layernorm_epsilon: RMSNorm epsilon.
+        tied_embeddings: one matrix for input embedding and output projection.
+        init_method_std: standard deviation of initial weights.
+        make_vocab_size_divisible_by: the vocabulary is padded to a multiple of this times the
+            tensor-parallel size; padded rows never enter a log-prob, an entropy or a sample.
+    """
+
+    name: str = "tiny_qwen3"
+    num_layers: int = 2
+    hidden_size: int = 64
+    ffn_hidden_size: int = 168
+    num_attention_heads: int = 4
+    num_query_groups: int = 2
+    kv_channels: int = 16
+    qk_layernorm: bool = True
+    rotary_base: int = 10000
+    layernorm_epsilon: float = 1e-6
+    tied_embeddings: bool = False
+    init_method_std: float = 0.02
+    make_vocab_size_divisible_by: int = 8
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the model is laid out over the ranks; data parallelism takes what is left.
+
+    Attributes:
+        tensor_model_parallel_size, pipeline_model_parallel_size: sizes.
+        backend: "auto" (NCCL where every rank has a GPU, gloo otherwise), "gloo" or "nccl".
+        timeout_minutes: of any collective; a rank that waits longer ends the job.
+    """
+
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    backend: str = "auto"
+    timeout_minutes: float = 10.0
+
+
+@dataclass(frozen=True)
+class AnchorConfig:
+    """The policy behind l_ref.
+
+    Attributes:
+        name: "old", "reference", "ema" or "lagged", see ``nemo_apo.core.anchoring.ANCHORS``.
+        decay: of the moving average of the weights, per RL step ("ema").
+        refresh_every: RL steps between refreshes ("lagged").
+    """
+
+    name: str = "old"
+    decay: float = 0.95
+    refresh_every: int = 5
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """Sampling of one RL step.
+
+    Attributes:
+        prompts: prompts per rollout (groups).
+        group_size: completions per prompt, P.
+        temperature: of sampling; log-probs are those of the tempered policy throughout.
+        top_k, top_p: not supported (they cut the policy's support); 0 and 1 mean off.
+        resample: extra rounds of prompts drawn to replace groups without signal; 0 is off.
+        micro_batch_size: sequences generated at once on a rank.
+    """
+
+    prompts: int = 32
+    group_size: int = 8
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    resample: int = 0
+    micro_batch_size: int = 512
+
+
+@dataclass(frozen=True)
+class UpdateConfig:
+    """What is done with a rollout: ``mini_batches * epochs`` optimizer steps.
+
+    Attributes:
+        mini_batches: optimizer steps per pass over the rollout; each holds whole groups.
+        epochs: passes over the rollout.
+        micro_batch_size: sequences per forward and backward on a rank. It changes memory and
+            speed, never the gradient.
+        log_prob_micro_batch_size: sequences per forward without gradient.
+        max_skipped_steps: optimizer steps skipped in a row (not finite) after which the run ends.
+        monitor_reference_kl: measure the KL to the policy at the start of RL every step.
+    """
+
+    mini_batches: int = 4
+    epochs: int = 2
+    micro_batch_size: int = 64
+    log_prob_micro_batch_size: int = 256
+    max_skipped_steps: int = 10
+    monitor_reference_kl: bool = True
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW of the RL phase, constant learning rate after a linear warm-up.
+
+    Attributes:
+        lr: learning rate.
+        lr_warmup_steps: optimizer steps of linear warm-up.
+        adam_beta1, adam_beta2, adam_eps, weight_decay: AdamW.
+        clip_grad: bound on the global gradient norm; 0 is off.
+    """
+
+    lr: float = 1e-4
+    lr_warmup_steps: int = 0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_grad: float = 1.0
+
+
+@dataclass(frozen=True)
+class WarmStartConfig:
+    """Supervised steps on the task's own demonstrations before RL; 0 steps is off.
+
+    Attributes:
+        steps, batch_size: optimizer steps and demonstrations per step.
+        lr: peak learning rate, decayed to 0 by a cosine.
+    """
+
+    steps: int = 300
+    batch_size: int = 64
+    lr: float = 2e-3
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Held-out evaluation.
+
+    Attributes:
+        every: RL steps between evaluations (the start and the end are always evaluated).
+        prompts: held-out prompts for the greedy figures.
+        pass_prompts: of these, how many are sampled for pass@k.
+        pass_k: samples per prompt.
+    """
+
+    every: int = 10
+    prompts: int = 512
+    pass_prompts: int = 128
+    pass_k: int = 8
+
+
+@dataclass(frozen=True)
+class Config:
+    """The whole configuration."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    task: Task = field(default_factory=SortTask)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    objective: Objective = field(default_factory=Apo)
+    schedule: Schedule = field(default_factory=GuardedSchedule)
+    tau: Temperature = field(default_factory=FixedTemperature)
+    anchor: AnchorConfig = field(default_factory=AnchorConfig)
+    regularizers: Regularizers = field(default_factory=Regularizers)
+    groups: GroupRules = field(default_factory=GroupRules)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    update: UpdateConfig = field(default_factory=UpdateConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    diagnostics: Thresholds = field(default_factory=Thresholds)
+
+
+# The default value of every section whose class depends on its ``name`` field.
+TAGGED_SECTIONS: dict[str, dict[str, Any]] = {
+    "task": {name: task() for name, task in TASKS.items()},
+    "objective": dict(OBJECTIVES),
+    "schedule": {name: schedule() for name, schedule in SCHEDULES.items()},
+    "tau": {name: temperature() for name, temperature in TEMPERATURES.items()},
+}
+
+
+def unread_sections(objective: Objective) -> set[str]:
+    """Sections that an objective never reads; setting one beside it is refused, not ignored."""
+    unread: set[str] = set()
+    if not objective.uses_alpha:
+        unread.add("schedule")
+    if not objective.uses_anchor:
+        unread |= {"tau", "anchor"}
+    return unread
+
+
+def validate(config: Config, world_size: int) -> None:
+    """Check every rule that the sections do not check themselves.
+
+    Args:
+        config: the typed configuration.
+        world_size: number of ranks that will run it.
+
+    Raises:
+        ConfigError: naming key, value and rule.
+    """
+    _check_run(config.run)
+    _check_model(config.model)
+    _check_layout(config, world_size)
+    _check_anchor(config.anchor)
+    _check_rollout(config.rollout)
+    _check_update(config.update, config.rollout)
+    _check_optimizer(config.optimizer)
+    _check_warm_start(config.warm_start)
+    _check_evaluation(config.evaluation)
+
+
+def _at_least(section: str, values: object, minimum: int, *keys: str) -> None:
+    for key in keys:
+        value = getattr(values, key)
+        require(value >= minimum, f"{section}.{key}", value, f"must be at least {minimum}")
+
+
+def _positive(section: str, values: object, *keys: str) -> None:
+    for key in keys:
+        value = getattr(values, key)
+        require(0.0 < value < math.inf, f"{section}.{key}", value, "must be > 0 and finite")
+
+
+def _non_negative(section: str, values: object, *keys: str) -> None:
+    for key in keys:
+        value = getattr(values, key)
+        require(0.0 <= value < math.inf, f"{section}.{key}", value, "must be >= 0 and finite")
+
+
+def _one_of(key: str, value: str, choices: tuple[str, ...]) -> None:
+    require(value in choices, key, value, f"must be one of {', '.join(choices)}")
+
+
+def _check_run(run: RunConfig) -> None:
+    allowed = run.name not in ("", ".", "..") and not set(run.name) & set("/\\\0")
+    require(allowed, "run.name", run.name, "must be the name of one folder")
+    _at_least("run", run, 0, "seed", "save_every")
+    _at_least("run", run, 1, "steps")
+    _one_of("run.if_exists", run.if_exists, IF_EXISTS_RULES)
+    _one_of("run.console", run.console, CONSOLES)
+    if run.threads is not None:
+        _at_least("run", run, 1, "threads")
+    if run.stop_after is not None:
+        rule = f"must lie in 1..run.steps={run.steps}"
+        require(1 <= run.stop_after <= run.steps, "run.stop_after", run.stop_after, rule)
+
+
+def _check_model(model: ModelConfig) -> None:
+    _at_least(
+        "model",
+        model,
+        1,
+        "num_layers",
+        "hidden_size",
+        "ffn_hidden_size",
+        "num_attention_heads",
+        "num_query_groups",
+        "rotary_base",
+        "make_vocab_size_divisible_by",
+    )
+    even = model.kv_channels >= 2 and model.kv_channels % 2 == 0
+    require(even, "model.kv_channels", model.kv_channels, "must be even and at least 2 (RoPE)")
+    require(
+        model.num_attention_heads % model.num_query_groups == 0,
+        "model.num_query_groups",
+        model.num_query_groups,
+        f"must divide model.num_attention_heads={model.num_attention_heads}",
+    )
+    _positive("model", model, "layernorm_epsilon", "init_method_std")
+
+
+def _check_layout(config: Config, world_size: int) -> None:
+    parallel, model = config.parallel, config.model
+    sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
+    _at_least("parallel", parallel, 1, *sizes)
+    _one_of("parallel.backend", parallel.backend, BACKENDS)
+    _positive("parallel", parallel, "timeout_minutes")
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    for key in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
+        value = getattr(model, key)
+        require(
+            value % tp == 0,
+            "parallel.tensor_model_parallel_size",
+            tp,
+            f"must divide model.{key}={value}",
+        )
+    require(
+        model.num_layers % pp == 0,
+        "parallel.pipeline_model_parallel_size",
+        pp,
+        f"must divide model.num_layers={model.num_layers}",
+    )
+    require(
+        world_size % (tp * pp) == 0,
+        "parallel.tensor_model_parallel_size x parallel.pipeline_model_parallel_size",
+        f"{tp}x{pp}",
+        f"must divide the number of ranks, which is {world_size} "
+        "(NPROC=n scripts/quickstart.sh starts n ranks)",
+    )
+
+
+def _check_anchor(anchor: AnchorConfig) -> None:
+    _one_of("anchor.name", anchor.name, tuple(ANCHORS))
+    require(0.0 <= anchor.decay < 1.0, "anchor.decay", anchor.decay, "must lie in [0, 1)")
+    _at_least("anchor", anchor, 1, "refresh_every")
+
+
+def _check_rollout(rollout: RolloutConfig) -> None:
+    _at_least("rollout", rollout, 1, "prompts", "micro_batch_size")
+    _at_least("rollout", rollout, 2, "group_size")
+    _at_least("rollout", rollout, 0, "resample")
+    _positive("rollout", rollout, "temperature")
+    cut = "top-k and top-p cut the support of the policy, so its log-probs would be wrong; "
+    require(rollout.top_k == 0, "rollout.top_k", rollout.top_k, cut + "must be 0")
+    require(rollout.top_p == 1.0, "rollout.top_p", rollout.top_p, cut + "must be 1")
+
+
+def _check_update(update: UpdateConfig, rollout: RolloutConfig) -> None:
+    _at_least(
+        "update",
+        update,
+        1,
+        "mini_batches",
+        "epochs",
+        "micro_batch_size",
+        "log_prob_micro_batch_size",
+        "max_skipped_steps",
+    )
+    require(
+        rollout.prompts % update.mini_batches == 0,
+        "update.mini_batches",
+        update.mini_batches,
+        f"must divide rollout.prompts={rollout.prompts}: an optimizer step holds whole groups",
+    )
+
+
+def _check_optimizer(optimizer: OptimizerConfig) -> None:
+    _positive("optimizer", optimizer, "lr", "adam_eps")
+    _non_negative("optimizer", optimizer, "weight_decay", "clip_grad")
+    _at_least("optimizer", optimizer, 0, "lr_warmup_steps")
+    for key in ("adam_beta1", "adam_beta2"):
+        value = getattr(optimizer, key)
+        require(0.0 <= value < 1.0, f"optimizer.{key}", value, "must lie in [0, 1)")
+
+
+def _check_warm_start(warm_start: WarmStartConfig) -> None:
+    _at_least("warm_start", warm_start, 0, "steps")
+    _at_least("warm_start", warm_start, 1, "batch_size")
+    _positive("warm_start", warm_start, "lr")
+
+
+def _check_evaluation(evaluation: EvaluationConfig) -> None:
+    _at_least("evaluation", evaluation, 1, "every", "prompts", "pass_prompts", "pass_k")
+    require(
+        evaluation.pass_prompts <= evaluation.prompts,
+        "evaluation.pass_prompts",
+        evaluation.pass_prompts,
+        f"must not exceed evaluation.prompts={evaluation.prompts}",
+    )

@@ -1,0 +1,164 @@
+"""What a run leaves behind: the names of its files and of its metrics, each written once.
+
+A run folder holds
+
+    config.yaml     the resolved configuration
+    metrics.jsonl   one JSON object per RL step (and one for the evaluation before the first step)
+    summary.json    the figures of the finished run
+    report.html, report.png, tensorboard/, checkpoints/
+
+A line of ``metrics.jsonl`` is a flat mapping from the names below to numbers, plus ``step`` (RL
+steps completed when it was written; 0 is the evaluation before training) and ``findings`` (a list
+of ``{"name", "message", "advice"}``, see ``nemo_apo.core.diagnostics``). A metric that was not
+computed at a step is absent from its line. A number that is not finite is written as ``null``.
+"""
+
+from dataclasses import dataclass
+
+CONFIG_FILE = "config.yaml"
+METRICS_FILE = "metrics.jsonl"
+SUMMARY_FILE = "summary.json"
+REPORT_HTML = "report.html"
+REPORT_PNG = "report.png"
+TENSORBOARD_DIR = "tensorboard"
+CHECKPOINT_DIR = "checkpoints"
+
+STEP = "step"
+FINDINGS = "findings"
+
+REWARD_MEAN = "reward/mean"
+REWARD_STD = "reward/std"
+REWARD_FAILED = "reward/failed_grades"
+
+ALPHA = "schedule/alpha"
+ALPHA_TARGET = "schedule/target"
+CONFIDENCE = "schedule/confidence"
+IMPROVEMENT = "schedule/improvement"
+SCHEDULE_ESS = "schedule/ess_share"
+
+TOKEN_ENTROPY = "policy/token_entropy"
+ANCHOR_DRIFT = "policy/anchor_drift"
+ESS_SHARE = "policy/ess_share"
+KL_REFERENCE = "policy/kl_reference"
+MAX_LOG_RATIO = "policy/max_log_ratio"
+CLIPPED_SHARE = "policy/clipped_share"
+SAMPLER_MISMATCH = "policy/sampler_mismatch"
+
+OBJECTIVE_VALUE = "update/objective"
+GRAD_NORM = "update/grad_norm"
+LEARNING_RATE = "update/learning_rate"
+SKIPPED_STEPS = "update/skipped_steps"
+COEFFICIENT_TOP_SHARE = "update/coefficient_top_share"
+TAU_MEAN = "update/tau_mean"
+
+RESPONSE_LENGTH = "rollout/response_length"
+TRUNCATED_SHARE = "rollout/truncated_share"
+TOKENS_PER_SECOND = "rollout/tokens_per_s"
+
+NO_SIGNAL_SHARE = "groups/no_signal_share"
+DROPPED_GROUPS = "groups/dropped"
+RESAMPLED_GROUPS = "groups/resampled"
+
+ROLLOUT_SECONDS = "time/rollout_s"
+LOGPROB_SECONDS = "time/logprobs_s"
+WEIGH_SECONDS = "time/weigh_s"
+REFRESH_SECONDS = "time/refresh_s"
+TRAIN_SECONDS = "time/train_s"
+STEP_SECONDS = "time/step_s"
+
+EVAL_ACCURACY = "eval/accuracy"
+EVAL_REWARD = "eval/reward"
+EVAL_PASS_AT_K = "eval/pass_at_k"
+
+SAMPLES = "progress/samples"
+
+
+@dataclass(frozen=True)
+class MetricInfo:
+    """How a metric is shown to a person: its label and its unit ("" for a plain number or share)."""
+
+    label: str
+    unit: str = ""
+
+
+METRICS: dict[str, MetricInfo] = {
+    REWARD_MEAN: MetricInfo("mean reward"),
+    REWARD_STD: MetricInfo("reward standard deviation"),
+    REWARD_FAILED: MetricInfo("failed grades", "samples"),
+    ALPHA: MetricInfo("alpha"),
+    ALPHA_TARGET: MetricInfo("alpha target"),
+    CONFIDENCE: MetricInfo("confidence gate"),
+    IMPROVEMENT: MetricInfo("improvement gate"),
+    SCHEDULE_ESS: MetricInfo("effective sample size / P at alpha"),
+    TOKEN_ENTROPY: MetricInfo("token entropy", "nats/token"),
+    ANCHOR_DRIFT: MetricInfo("anchor drift (std of u)"),
+    ESS_SHARE: MetricInfo("effective sample size / P of p"),
+    KL_REFERENCE: MetricInfo("KL to the reference", "nats/token"),
+    MAX_LOG_RATIO: MetricInfo("largest |log q - log p|", "nats"),
+    CLIPPED_SHARE: MetricInfo("clipped share"),
+    SAMPLER_MISMATCH: MetricInfo("sampler/trainer log-prob gap (mean)", "nats/token"),
+    OBJECTIVE_VALUE: MetricInfo("objective"),
+    GRAD_NORM: MetricInfo("gradient norm"),
+    LEARNING_RATE: MetricInfo("learning rate"),
+    SKIPPED_STEPS: MetricInfo("skipped optimizer steps", "steps"),
+    COEFFICIENT_TOP_SHARE: MetricInfo("share of sum |c| in the top 10% of sequences"),
+    TAU_MEAN: MetricInfo("mean tau"),
+    RESPONSE_LENGTH: MetricInfo("response length", "tokens"),
+    TRUNCATED_SHARE: MetricInfo("truncated share"),
+    TOKENS_PER_SECOND: MetricInfo("rollout speed", "tokens/s"),
+    NO_SIGNAL_SHARE: MetricInfo("share of groups without signal"),
+    DROPPED_GROUPS: MetricInfo("dropped groups", "groups"),
+    RESAMPLED_GROUPS: MetricInfo("resampled groups", "groups"),
+    ROLLOUT_SECONDS: MetricInfo("rollout", "s"),
+    LOGPROB_SECONDS: MetricInfo("log-prob pass", "s"),
+    WEIGH_SECONDS: MetricInfo("weigh and gather", "s"),
+    REFRESH_SECONDS: MetricInfo("coefficient refresh", "s"),
+    TRAIN_SECONDS: MetricInfo("forward, backward, optimizer", "s"),
+    STEP_SECONDS: MetricInfo("RL step", "s"),
+    EVAL_ACCURACY: MetricInfo("held-out greedy accuracy"),
+    EVAL_REWARD: MetricInfo("held-out greedy reward"),
+    EVAL_PASS_AT_K: MetricInfo("held-out pass@k"),
+    SAMPLES: MetricInfo("samples", "completions"),
+}
+
+
+@dataclass
+class Summary:
+    """``summary.json``: the figures of a finished run.
+
+    Accuracies are greedy, on held-out prompts, in [0, 1]; ``wall_s`` covers warm start, RL and
+    evaluations in seconds; ``schedule`` is "none" for an objective that has no alpha, and the
+    two alphas are then None. ``peak_memory_mib`` is the largest over the ranks.
+    """
+
+    name: str
+    objective: str
+    schedule: str
+    task: str
+    reward: str
+    seed: int
+    accuracy_start: float
+    accuracy_final: float
+    reward_start: float
+    reward_final: float
+    pass_at_8: float | None
+    pass_k: int
+    pass_at_k: float
+    steps: int
+    samples: int
+    optimizer_steps: int
+    skipped_steps: int
+    wall_s: float
+    warm_start_s: float
+    peak_memory_mib: float
+    alpha_first: float | None
+    alpha_last: float | None
+    alpha_lowest: float | None
+    confidence_highest: float | None
+    improvement_highest: float | None
+    refresh_share: float
+    world_size: int
+    tensor_model_parallel_size: int
+    pipeline_model_parallel_size: int
+    data_parallel_size: int
+    versions: dict[str, str]
