@@ -49,6 +49,7 @@ GRAD_NORM = "update/grad_norm"
 LEARNING_RATE = "update/learning_rate"
 SKIPPED_STEPS = "update/skipped_steps"
 COEFFICIENT_TOP_SHARE = "update/coefficient_top_share"
+REFRESH_BIAS = "update/refresh_bias"
 TAU_MEAN = "update/tau_mean"
 
 RESPONSE_LENGTH = "rollout/response_length"
@@ -102,6 +103,7 @@ METRICS: dict[str, MetricInfo] = {
     LEARNING_RATE: MetricInfo("learning rate"),
     SKIPPED_STEPS: MetricInfo("skipped optimizer steps", "steps"),
     COEFFICIENT_TOP_SHARE: MetricInfo("share of sum |c| in the top 10% of sequences"),
+    REFRESH_BIAS: MetricInfo("relative error of stale coefficients"),
     TAU_MEAN: MetricInfo("mean tau"),
     RESPONSE_LENGTH: MetricInfo("response length", "tokens"),
     TRUNCATED_SHARE: MetricInfo("truncated share"),

@@ -1,0 +1,133 @@
+"""The parallel layout of this process: groups, device and backend."""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from nemo_apo.config import ParallelConfig
+from nemo_apo.parallel import cpu_runtime
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where this rank stands. Sizes and ranks are those of megatron's groups.
+
+    Attributes:
+        device: device of this rank's model.
+        rank, world_size: among all ranks.
+        tensor_size, pipeline_size, data_size: parallel sizes; their product is ``world_size``.
+        tensor_rank, pipeline_rank, data_rank: this rank's place in each.
+    """
+
+    device: torch.device
+    rank: int
+    world_size: int
+    tensor_size: int
+    pipeline_size: int
+    data_size: int
+    tensor_rank: int
+    pipeline_rank: int
+    data_rank: int
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pipeline_rank == self.pipeline_size - 1
+
+    @property
+    def is_model_parallel(self) -> bool:
+        return self.tensor_size * self.pipeline_size > 1
+
+    @property
+    def tensor_group(self) -> dist.ProcessGroup:
+        return parallel_state.get_tensor_model_parallel_group()
+
+    @property
+    def pipeline_group(self) -> dist.ProcessGroup:
+        return parallel_state.get_pipeline_model_parallel_group()
+
+    @property
+    def data_group(self) -> dist.ProcessGroup:
+        return parallel_state.get_data_parallel_group()
+
+
+def initialize(parallel: ParallelConfig, seed: int) -> Layout:
+    """Start the process group (from torchrun's environment, or alone) and megatron's groups.
+
+    Args:
+        parallel: validated sizes, backend and timeout.
+        seed: seed of weight initialisation.
+    """
+    backend = _backend(parallel.backend)
+    device = _device(backend)
+    if device.type == "cpu":
+        cpu_runtime.install()
+    if not dist.is_initialized():
+        _start_process_group(backend, parallel.timeout_minutes, device)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+    )
+    model_parallel_cuda_manual_seed(seed)
+    return Layout(
+        device=device,
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        tensor_size=parallel_state.get_tensor_model_parallel_world_size(),
+        pipeline_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        data_size=parallel_state.get_data_parallel_world_size(),
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        data_rank=parallel_state.get_data_parallel_rank(),
+    )
+
+
+def shut_down() -> None:
+    """End megatron's groups and the process group; safe to call twice."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def single_rank_groups() -> ProcessGroupCollection:
+    """Groups that hold this rank alone, for a model replica without model parallelism.
+
+    Every rank has to call this at the same time: making a process group is collective.
+    """
+    alone = None
+    for rank in range(dist.get_world_size()):
+        group = dist.new_group([rank])
+        if rank == dist.get_rank():
+            alone = group
+    names = ("tp", "pp", "cp", "dp", "dp_cp", "mp", "embd", "pos_embd", "tp_cp", "ep", "expt_tp")
+    names += ("tp_ep", "tp_ep_pp", "expt_dp")
+    return ProcessGroupCollection(**dict.fromkeys(names, alone))
+
+
+def _backend(requested: str) -> str:
+    if requested != "auto":
+        return requested
+    return "nccl" if torch.cuda.is_available() else "gloo"
+
+
+def _device(backend: str) -> torch.device:
+    if backend != "nccl":
+        return torch.device("cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def _start_process_group(backend: str, timeout_minutes: float, device: torch.device) -> None:
+    timeout = timedelta(minutes=timeout_minutes)
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+        return
+    store = dist.HashStore()
+    dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)

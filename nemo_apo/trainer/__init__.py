@@ -1,0 +1,1 @@
+"""The embedded host: RL of a megatron-core GPTModel on a laptop CPU or on GPUs."""

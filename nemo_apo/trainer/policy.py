@@ -1,0 +1,270 @@
+"""The trained policy of this rank: its megatron stage, optimizer, sampling replica and the passes
+over token batches that the RL step is made of.
+
+Rows go in and come out globally: every rank hands in the same N rows, works on its data-parallel
+share and gets all N results back. Axes: N sequences, B of a micro-batch, T tokens (the columns of
+``nemo_apo.trainer.rollouts``).
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.resharding.refit import swap_model_weights
+from torch import Tensor
+
+from nemo_apo.config import ModelConfig, OptimizerConfig
+from nemo_apo.core.objectives import Columns
+from nemo_apo.parallel.gather import all_gather_rows, all_true, broadcast_from_last, sum_over
+from nemo_apo.parallel.layout import Layout, single_rank_groups
+from nemo_apo.parallel.logprobs import vocab_parallel_logprobs
+from nemo_apo.parallel.step import (
+    LossFunction,
+    read_micro_batches,
+    run_micro_batches,
+)
+from nemo_apo.trainer.model import (
+    build_optimizer,
+    build_replica,
+    build_training_model,
+    padded_vocab_size,
+)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """B sequences on the device, with whatever columns a pass needs."""
+
+    tokens_BT: Tensor
+    mask_BT: Tensor
+    columns: Columns | None = None
+    old_logprobs_BT: Tensor | None = None
+    reference_logprobs_BT: Tensor | None = None
+
+    @property
+    def inputs_BT(self) -> Tensor:
+        return self.tokens_BT[:, :-1]
+
+    @property
+    def targets_BT(self) -> Tensor:
+        return self.tokens_BT[:, 1:]
+
+    @property
+    def rows(self) -> int:
+        return self.tokens_BT.shape[0]
+
+    def select(self, rows: Tensor) -> "MicroBatch":
+        """Some of the sequences."""
+
+        def pick(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values[rows]
+
+        return MicroBatch(
+            tokens_BT=self.tokens_BT[rows],
+            mask_BT=self.mask_BT[rows],
+            columns=None if self.columns is None else self.columns.select(rows),
+            old_logprobs_BT=pick(self.old_logprobs_BT),
+            reference_logprobs_BT=pick(self.reference_logprobs_BT),
+        )
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        """The same on a device; float64 columns stay float64."""
+
+        def move(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values.to(device)
+
+        columns = self.columns
+        if columns is not None:
+            columns = Columns(
+                coefficient_N=columns.coefficient_N.to(device),
+                advantage_N=columns.advantage_N.to(device),
+                token_weight_N=columns.token_weight_N.to(device),
+            )
+        return MicroBatch(
+            tokens_BT=self.tokens_BT.to(device),
+            mask_BT=self.mask_BT.to(device),
+            columns=columns,
+            old_logprobs_BT=move(self.old_logprobs_BT),
+            reference_logprobs_BT=move(self.reference_logprobs_BT),
+        )
+
+
+@dataclass(frozen=True)
+class Update:
+    """What an optimizer step did: gradient norm before clipping, and whether it was skipped."""
+
+    grad_norm: float
+    skipped: bool
+
+
+class Policy:
+    """The model under training on this rank, and a replica of it that samples.
+
+    Attributes:
+        model: this rank's stage, wrapped by megatron's DDP.
+        optimizer: megatron's optimizer of the current phase.
+        vocab_size: the unpadded vocabulary.
+        temperature: sampling temperature; log-probs are those of the tempered policy.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        optimizer: OptimizerConfig,
+        layout: Layout,
+        vocab_size: int,
+        max_sequence_length: int,
+        temperature: float,
+    ) -> None:
+        self.layout = layout
+        self.vocab_size = vocab_size
+        self.temperature = temperature
+        padded = padded_vocab_size(vocab_size, model)
+        self.model = build_training_model(model, layout, padded, max_sequence_length)
+        self._replica: GPTModel | None = None
+        if layout.is_model_parallel:
+            self._replica = build_replica(
+                model, layout, padded, max_sequence_length, single_rank_groups()
+            )
+            # Initial weights come from the replica, so they do not depend on the layout.
+            swap_model_weights(self._replica, self.model.module, self._refit_backend)
+        self.set_optimizer(optimizer)
+
+    @property
+    def _refit_backend(self) -> str:
+        return "gloo" if self.layout.device.type == "cpu" else "nccl"
+
+    def set_optimizer(self, optimizer: OptimizerConfig) -> None:
+        """A fresh optimizer, with empty moments."""
+        self.optimizer = build_optimizer(optimizer, self.model)
+
+    def refit_sampler(self) -> GPTModel:
+        """The model that samples, holding the current weights."""
+        if self._replica is None:
+            return self.model.module
+        swap_model_weights(self.model.module, self._replica, self._refit_backend)
+        return self._replica
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """Parameters of this rank's stage, in a fixed order."""
+        return list(self.model.module.parameters())
+
+    def copy_weights(self) -> list[Tensor]:
+        """A copy of this rank's weights."""
+        return [parameter.detach().clone() for parameter in self.parameters()]
+
+    @contextlib.contextmanager
+    def holding(self, weights: Sequence[Tensor]) -> Iterator[None]:
+        """Run with other weights in place of the trained ones, which come back afterwards."""
+        parameters = self.parameters()
+        own = [parameter.data for parameter in parameters]
+        try:
+            for parameter, values in zip(parameters, weights, strict=True):
+                parameter.data = values
+            yield
+        finally:
+            for parameter, values in zip(parameters, own, strict=True):
+                parameter.data = values
+
+    def token_logprobs(self, logits_BTv: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        """Log-probs of the targets and entropies under the tempered policy, [B, T] each."""
+        return vocab_parallel_logprobs(
+            logits_BTv.float() / self.temperature,
+            batch.targets_BT,
+            self.vocab_size,
+            self.layout.tensor_group,
+        )
+
+    def read_logprobs(self, batch: MicroBatch, micro_batch_size: int) -> tuple[Tensor, Tensor]:
+        """Log-probs and entropies of N rows without gradient, [N, T] each, on the CPU."""
+
+        def read(logits_BTv: Tensor, micro_batch: MicroBatch) -> dict[str, Tensor]:
+            logprobs_BT, entropy_BT = self.token_logprobs(logits_BTv, micro_batch)
+            return {"both": torch.stack([logprobs_BT, entropy_BT], dim=1)}
+
+        micro_batches = self._share(batch, micro_batch_size)
+        kept = read_micro_batches(self.model, micro_batches, read)
+        both_N2T = self._collect(
+            [entry["both"] for entry in kept], micro_batches, (2, batch.tokens_BT.shape[1] - 1)
+        )
+        both_N2T = both_N2T[: batch.rows].cpu()
+        return both_N2T[:, 0], both_N2T[:, 1]
+
+    def accumulate(
+        self, batch: MicroBatch, micro_batch_size: int, loss_function: LossFunction
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Gradient of the loss sum over N rows, left in the gradient buffers.
+
+        Args:
+            batch: the N rows of the optimizer step.
+            micro_batch_size: rows per forward and backward on a rank.
+            loss_function: see ``nemo_apo.parallel.step``; the numbers it keeps are scalars to be
+                summed, except "logprob_sums" [B].
+
+        Returns:
+            The kept scalars summed over all rows, and the kept ``logprob_sums`` [N] (CPU, float64).
+        """
+        self.model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        micro_batches = self._share(batch, micro_batch_size)
+        kept = run_micro_batches(self.model, micro_batches, loss_function)
+        sums_N = self._collect([entry["logprob_sums"] for entry in kept], micro_batches, ())
+        return self._sum_scalars(kept), sums_N[: batch.rows].cpu()
+
+    def update(self, lr: float, loss_sum: float) -> Update:
+        """One optimizer step, or none on any rank if the loss or the gradient is not finite."""
+        self.optimizer.prepare_grads()
+        grad_norm = float(self.optimizer.get_grad_norm())
+        finite = _is_finite(grad_norm) and _is_finite(loss_sum)
+        if not all_true(finite, self.layout.device):
+            return Update(grad_norm, skipped=True)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        return Update(grad_norm, skipped=False)
+
+    def _share(self, batch: MicroBatch, micro_batch_size: int) -> list[MicroBatch]:
+        """This rank's micro-batches, equally shaped and equally many on every rank.
+
+        Rows that fill up the last micro-batch carry no completion tokens and no weight.
+        """
+        per_rank = -(-batch.rows // self.layout.data_size)
+        size = min(micro_batch_size, per_rank)
+        per_rank = -(-per_rank // size) * size
+        start = self.layout.data_rank * per_rank
+        rows = torch.arange(start, start + per_rank)
+        real = rows < batch.rows
+        shared = batch.select(rows.clamp(max=batch.rows - 1))
+        shared = replace(shared, mask_BT=shared.mask_BT & real[:, None])
+        return [
+            shared.select(torch.arange(first, first + size)).to(self.layout.device)
+            for first in range(0, per_rank, size)
+        ]
+
+    def _collect(
+        self, parts: list[Tensor], micro_batches: list[MicroBatch], shape: tuple[int, ...]
+    ) -> Tensor:
+        """Rows kept on the last stage of each replica, on all ranks, in global row order."""
+        rows = sum(batch.rows for batch in micro_batches)
+        if parts:
+            values = torch.cat(parts)
+        else:
+            dtype = torch.float32 if shape else torch.float64
+            values = torch.empty((rows, *shape), dtype=dtype, device=self.layout.device)
+        values = broadcast_from_last(values, self.layout.pipeline_group)
+        return all_gather_rows(values, self.layout.data_group)
+
+    def _sum_scalars(self, kept: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        names = ("loss", "clipped")
+        totals = torch.zeros(len(names), dtype=torch.float64, device=self.layout.device)
+        for entry in kept:
+            totals += torch.stack([entry[name].to(torch.float64) for name in names])
+        totals = sum_over(totals, self.layout.data_group)
+        totals = broadcast_from_last(totals, self.layout.pipeline_group)
+        return dict(zip(names, totals.cpu(), strict=True))
+
+
+def _is_finite(value: float) -> bool:
+    return value - value == 0.0

@@ -1,0 +1,158 @@
+"""Sampling with megatron's static inference context (KV cache), on a model without parallelism.
+
+A token is drawn by inverting the cumulative distribution at one uniform number, and the uniform
+numbers of an RL step are a function of the seed and the step alone: the samples do not depend on
+how prompts are spread over ranks or batches. Axes: B sequences, S prompt tokens, R response
+tokens, V vocabulary.
+"""
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from megatron.core.inference.contexts import StaticInferenceContext
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor
+
+from nemo_apo.tasks import Prompt
+from nemo_apo.trainer.rollouts import Completions
+
+
+def uniforms(seed: int, stream: str, rows: int, columns: int) -> Tensor:
+    """Uniform numbers in [0, 1), [rows, columns] float64, a function of the arguments alone."""
+    digest = hashlib.sha256(f"{seed}/{stream}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    return torch.rand(rows, columns, generator=generator, dtype=torch.float64)
+
+
+@torch.no_grad()
+def generate(
+    model: GPTModel,
+    prompts: Sequence[Prompt],
+    uniforms_NR: Tensor | None,
+    *,
+    vocab_size: int,
+    end_id: int,
+    pad_id: int,
+    max_response_length: int,
+    temperature: float,
+    micro_batch_size: int,
+) -> Completions:
+    """Complete every prompt.
+
+    Args:
+        model: the whole model, on this rank.
+        prompts: one per completion wanted, of any lengths.
+        uniforms_NR: one uniform number per token to draw, [N, R]; None decodes greedily.
+        vocab_size: the unpadded vocabulary; padded rows are never drawn.
+        end_id, pad_id: token ids.
+        max_response_length: R.
+        temperature: divides the logits; greedy decoding ignores it.
+        micro_batch_size: sequences generated at once.
+    """
+    was_training = model.training
+    model.eval()
+    parts = []
+    for start in range(0, len(prompts), micro_batch_size):
+        rows = slice(start, start + micro_batch_size)
+        batch = _Batch(model, prompts[rows], max_response_length, pad_id)
+        draws_BR = None if uniforms_NR is None else uniforms_NR[rows]
+        parts.append(batch.complete(draws_BR, vocab_size, end_id, pad_id, temperature))
+    model.train(was_training)
+    return Completions(
+        tokens_NR=torch.cat([part.tokens_NR for part in parts]),
+        lengths_N=torch.cat([part.lengths_N for part in parts]),
+        finished_N=torch.cat([part.finished_N for part in parts]),
+        logprob_sums_N=torch.cat([part.logprob_sums_N for part in parts]),
+    )
+
+
+class _Batch:
+    """One batch under generation: prompts padded on the left, and their KV cache."""
+
+    def __init__(
+        self, model: GPTModel, prompts: Sequence[Prompt], max_response_length: int, pad_id: int
+    ) -> None:
+        self.model = model
+        self.device = next(model.parameters()).device
+        self.rows = len(prompts)
+        self.prompt_width = max(len(prompt.tokens) for prompt in prompts)
+        self.max_response_length = max_response_length
+        pads = [self.prompt_width - len(prompt.tokens) for prompt in prompts]
+        self.prompt_BS = torch.tensor(
+            [[*([pad_id] * pad), *p.tokens] for pad, p in zip(pads, prompts, strict=True)],
+            device=self.device,
+        )
+        total = self.prompt_width + max_response_length
+        self.padding_BT = (
+            torch.arange(total, device=self.device)
+            < torch.tensor(pads, device=self.device)[:, None]
+        )
+        self.context = StaticInferenceContext(self.rows, total)
+
+    def complete(
+        self,
+        draws_BR: Tensor | None,
+        vocab_size: int,
+        end_id: int,
+        pad_id: int,
+        temperature: float,
+    ) -> Completions:
+        tokens_BR = torch.full((self.rows, self.max_response_length), pad_id, device=self.device)
+        lengths_B = torch.zeros(self.rows, dtype=torch.int64, device=self.device)
+        logprobs_B = torch.zeros(self.rows, dtype=torch.float64, device=self.device)
+        open_B = torch.ones(self.rows, dtype=torch.bool, device=self.device)
+        logits_BV = self._prefill()
+        for step in range(self.max_response_length):
+            log_p_BV = _log_softmax(logits_BV[:, :vocab_size], draws_BR, temperature)
+            token_B = (
+                log_p_BV.argmax(dim=-1)
+                if draws_BR is None
+                else draw(log_p_BV, draws_BR[:, step].to(self.device))
+            )
+            chosen_B = log_p_BV.gather(1, token_B[:, None]).squeeze(1)
+            logprobs_B += torch.where(open_B, chosen_B, 0.0)
+            tokens_BR[:, step] = torch.where(open_B, token_B, pad_id)
+            lengths_B += open_B
+            open_B &= token_B != end_id
+            if step + 1 == self.max_response_length or not bool(open_B.any()):
+                break
+            logits_BV = self._decode(tokens_BR[:, step : step + 1], step)
+        return Completions(tokens_BR, lengths_B, ~open_B, logprobs_B)
+
+    def _prefill(self) -> Tensor:
+        width = self.prompt_width
+        future_SS = torch.ones(width, width, dtype=torch.bool, device=self.device).triu(1)
+        hidden_BSS = future_SS | self.padding_BT[:, None, :width]
+        # A padded row would attend to nothing at all; let it see itself, nobody reads it.
+        hidden_BSS &= ~torch.eye(width, dtype=torch.bool, device=self.device)
+        positions_BS = torch.arange(width, device=self.device).expand(self.rows, width)
+        return self._forward(self.prompt_BS, positions_BS, hidden_BSS[:, None])
+
+    def _decode(self, tokens_B1: Tensor, step: int) -> Tensor:
+        self.context.enable_decode_mode()
+        position = self.prompt_width + step
+        positions_B1 = torch.full((self.rows, 1), position, device=self.device)
+        return self._forward(
+            tokens_B1, positions_B1, self.padding_BT[:, None, None, : position + 1]
+        )
+
+    def _forward(self, tokens: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+        logits_B1V = self.model(
+            tokens, positions, mask, inference_context=self.context, runtime_gather_output=True
+        )
+        self.context.sequence_len_offset += tokens.shape[1]
+        return logits_B1V[:, -1]
+
+
+def _log_softmax(logits_BV: Tensor, draws: Tensor | None, temperature: float) -> Tensor:
+    scale = 1.0 if draws is None else temperature
+    return torch.log_softmax(logits_BV.to(torch.float64) / scale, dim=-1)
+
+
+def draw(log_p_BV: Tensor, uniform_B: Tensor) -> Tensor:
+    """The token at which the cumulative distribution passes the uniform number, [B] int64."""
+    cumulative_BV = torch.cumsum(torch.exp(log_p_BV), dim=-1)
+    at_B1 = uniform_B[:, None] * cumulative_BV[:, -1:]
+    index_B1 = torch.searchsorted(cumulative_BV, at_B1, right=True)
+    return index_B1.squeeze(1).clamp(max=log_p_BV.shape[-1] - 1)
