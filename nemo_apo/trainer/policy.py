@@ -117,14 +117,17 @@ class Policy:
         vocab_size: int,
         max_sequence_length: int,
         temperature: float,
+        seed: int,
     ) -> None:
         self.layout = layout
         self.vocab_size = vocab_size
         self.temperature = temperature
         padded = padded_vocab_size(vocab_size, model)
+        torch.manual_seed(seed)
         self.model = build_training_model(model, layout, padded, max_sequence_length)
         self._replica: GPTModel | None = None
         if layout.is_model_parallel:
+            torch.manual_seed(seed)
             self._replica = build_replica(
                 model, layout, padded, max_sequence_length, single_rank_groups()
             )

@@ -1,0 +1,369 @@
+"""A whole run: warm start, RL steps, evaluations, checkpoints, metrics, summary and report.
+
+The loop owns the step, the schedule's state and the diagnostics; ``RLStep`` does the work.
+"""
+
+import contextlib
+import importlib.metadata
+import os
+import platform
+import resource
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+
+from nemo_apo import __version__, record
+from nemo_apo.compose import to_yaml
+from nemo_apo.config import Config, ConfigError
+from nemo_apo.core.alpha_schedule import ScheduleState
+from nemo_apo.core.diagnostics import DiagnosticsState, Finding, StepFigures, observe
+from nemo_apo.parallel import layout as parallel_layout
+from nemo_apo.parallel.gather import all_gather_objects, all_true
+from nemo_apo.parallel.layout import Layout
+from nemo_apo.trainer import checkpoint
+from nemo_apo.trainer.anchors import RememberedWeights
+from nemo_apo.trainer.checkpoint import TrainerState
+from nemo_apo.trainer.evaluation import Evaluation, evaluate
+from nemo_apo.trainer.metrics import MetricsLog
+from nemo_apo.trainer.policy import Policy
+from nemo_apo.trainer.rl_step import RLStep, StepOutcome
+from nemo_apo.trainer.summary import summarize, write_summary
+from nemo_apo.trainer.warm_start import run_warm_start
+
+_FILES = (
+    record.CONFIG_FILE,
+    record.METRICS_FILE,
+    record.SUMMARY_FILE,
+    record.REPORT_HTML,
+    record.REPORT_PNG,
+)
+_FOLDERS = (record.TENSORBOARD_DIR, record.CHECKPOINT_DIR)
+
+
+class View(Protocol):
+    """What the loop tells the console; see ``nemo_apo.report.console``."""
+
+    def phase(self, name: str, done: int, total: int, text: str = "") -> None: ...
+
+    def update(self, step: int, metrics: dict[str, float], findings: list[dict]) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+
+class SilentView:
+    """For every rank but the first, and for ``run.console=off``."""
+
+    def phase(self, name: str, done: int, total: int, text: str = "") -> None:
+        pass
+
+    def update(self, step: int, metrics: dict[str, float], findings: list[dict]) -> None:
+        pass
+
+    def note(self, text: str) -> None:
+        pass
+
+
+class TrainingStopped(RuntimeError):
+    """Training cannot go on; the message says why."""
+
+
+def run(config: Config) -> None:
+    """Train by the configuration; on return the run's folder is complete.
+
+    Raises:
+        ConfigError: if the folder holds a run and ``run.if_exists`` is "error", or there is no
+            checkpoint to resume from where one is needed.
+        TrainingStopped: after too many skipped optimizer steps in a row.
+    """
+    folder = Path(config.run.root) / config.run.name
+    _set_threads(config)
+    _check_folder(folder, config.run.if_exists)
+    layout = parallel_layout.initialize(config.parallel, config.run.seed)
+    try:
+        _prepare_folder(folder, config, layout)
+        with _view(config, layout) as view:
+            _Run(config, layout, folder, view).train()
+        dist.barrier()
+        if layout.rank == 0 and config.run.report:
+            from nemo_apo.report import write_report
+
+            write_report([folder], folder)
+    finally:
+        parallel_layout.shut_down()
+
+
+class _Run:
+    def __init__(self, config: Config, layout: Layout, folder: Path, view: View) -> None:
+        self.config = config
+        self.layout = layout
+        self.folder = folder
+        self.view = view
+        self.task = config.task
+        self.policy = Policy(
+            config.model,
+            config.optimizer,
+            layout,
+            self.task.vocab_size,
+            self.task.max_prompt_length + self.task.max_response_length,
+            config.rollout.temperature,
+            config.run.seed,
+        )
+        self._started = time.perf_counter()
+        self._spent_before = 0.0
+
+    @property
+    def wall_s(self) -> float:
+        """Seconds of training so far, earlier parts of a resumed run included."""
+        return self._spent_before + time.perf_counter() - self._started
+
+    def train(self) -> None:
+        """Warm start or resume, then RL to the end."""
+        found = checkpoint.latest(self.folder / record.CHECKPOINT_DIR)
+        resuming = self.config.run.if_exists == "resume" and found is not None
+        if not resuming:
+            warm_start_s = self._warm_start()
+        remembered = RememberedWeights.at_start(
+            self.policy, self.config.anchor, self._needs_reference()
+        )
+        if resuming:
+            assert found is not None
+            state = checkpoint.load(found, self.policy, remembered, self.config)
+            self._spent_before = state.wall_s
+            self.view.note(f"resumed from {found} at step {state.step}")
+        else:
+            state = TrainerState(
+                step=0,
+                schedule=ScheduleState(),
+                diagnostics=DiagnosticsState(),
+                warm_start_s=warm_start_s,
+            )
+        log = None
+        if self._first:
+            log = MetricsLog(self.folder, self.config, state.step if resuming else -1)
+        try:
+            state = self._steps(state, remembered, log)
+        finally:
+            if log is not None:
+                log.close()
+        if state.step == self.config.run.steps:
+            self._summarize(state)
+
+    @property
+    def _first(self) -> bool:
+        return self.layout.rank == 0
+
+    def _needs_reference(self) -> bool:
+        wanted = self.config.regularizers.needs_reference
+        return wanted or self.config.update.monitor_reference_kl
+
+    def _warm_start(self) -> float:
+        start = time.perf_counter()
+        total = self.config.warm_start.steps
+
+        def on_step(done: int, loss: float) -> None:
+            self.view.phase("warm start", done, total, f"loss {loss:.3f} nats/token")
+
+        run_warm_start(self.policy, self.config, self.task, on_step)
+        return time.perf_counter() - start
+
+    def _steps(
+        self, state: TrainerState, remembered: RememberedWeights, log: MetricsLog | None
+    ) -> TrainerState:
+        config = self.config
+        if state.step == 0:
+            evaluation = evaluate(self.policy, config, self.task)
+            state = replace(
+                state, accuracy_start=evaluation.accuracy, reward_start=evaluation.reward
+            )
+            self._publish(log, 0, _evaluation_metrics(evaluation), [])
+        worker = RLStep(self.policy, config, self.task, remembered)
+        last = config.run.stop_after or config.run.steps
+        while state.step < last:
+            outcome = worker.run(
+                state.step, state.schedule, state.optimizer_steps, state.skipped_in_a_row
+            )
+            state, findings = self._advance(state, outcome)
+            remembered.advance(self.policy, config.anchor, state.step)
+            metrics = {**outcome.metrics, record.SAMPLES: float(state.samples)}
+            if state.step % config.evaluation.every == 0 or state.step == config.run.steps:
+                metrics |= _evaluation_metrics(evaluate(self.policy, config, self.task))
+            self._publish(log, state.step, metrics, findings)
+            self._stop_if_stuck(state)
+            if self._saves_at(state.step):
+                self._save(state, remembered)
+        return state
+
+    def _advance(
+        self, state: TrainerState, outcome: StepOutcome
+    ) -> tuple[TrainerState, list[Finding]]:
+        figures = _figures(outcome.metrics, self.config)
+        found: list[Finding] = []
+        diagnostics = state.diagnostics
+        if figures is not None:
+            found, diagnostics = observe(diagnostics, figures, self.config.diagnostics)
+        state = replace(
+            state,
+            step=state.step + 1,
+            schedule=outcome.schedule_state,
+            diagnostics=diagnostics,
+            optimizer_steps=state.optimizer_steps + outcome.optimizer_steps,
+            skipped_steps=state.skipped_steps + outcome.skipped,
+            skipped_in_a_row=outcome.skipped_in_a_row,
+            samples=state.samples + outcome.samples,
+        )
+        return state, found
+
+    def _publish(
+        self,
+        log: MetricsLog | None,
+        step: int,
+        metrics: dict[str, float],
+        findings: list[Finding],
+    ) -> None:
+        if log is not None:
+            log.write(step, metrics, findings)
+        self.view.update(step, metrics, [asdict(finding) for finding in findings])
+
+    def _stop_if_stuck(self, state: TrainerState) -> None:
+        limit = self.config.update.max_skipped_steps
+        if state.skipped_in_a_row >= limit:
+            raise TrainingStopped(
+                f"{state.skipped_in_a_row} optimizer steps in a row were skipped because loss or "
+                f"gradient was not finite (update.max_skipped_steps={limit}); "
+                f"last RL step {state.step}"
+            )
+
+    def _saves_at(self, step: int) -> bool:
+        every = self.config.run.save_every
+        return (every > 0 and step % every == 0) or step == self.config.run.stop_after
+
+    def _save(self, state: TrainerState, remembered: RememberedWeights) -> None:
+        state = replace(state, wall_s=self.wall_s)
+        root = self.folder / record.CHECKPOINT_DIR
+        path = checkpoint.save(root, self.policy, remembered, state, self.config)
+        self.view.note(f"saved {path}")
+
+    def _summarize(self, state: TrainerState) -> None:
+        memories = all_gather_objects(_peak_memory_mib(self.layout))
+        if not self._first:
+            return
+        summary = summarize(
+            self.folder,
+            self.config,
+            state,
+            self.layout,
+            wall_s=self.wall_s,
+            peak_memory_mib=max(memories),
+            versions=versions(),
+        )
+        write_summary(self.folder, summary)
+        self.view.note(
+            f"held-out accuracy {summary.accuracy_start:.3f} -> {summary.accuracy_final:.3f} "
+            f"in {summary.wall_s:.0f} s; {self.folder}"
+        )
+
+
+def _evaluation_metrics(evaluation: Evaluation) -> dict[str, float]:
+    return {
+        record.EVAL_ACCURACY: evaluation.accuracy,
+        record.EVAL_REWARD: evaluation.reward,
+        record.EVAL_PASS_AT_K: evaluation.pass_at_k,
+    }
+
+
+def _figures(metrics: dict[str, float], config: Config) -> StepFigures | None:
+    """The figures for diagnostics; None for a step whose groups were all dropped."""
+    if record.TOKEN_ENTROPY not in metrics:
+        return None
+    schedule = config.schedule
+    start = getattr(schedule, "alpha_max", getattr(schedule, "alpha_start", None))
+    alpha = metrics.get(record.ALPHA)
+    return StepFigures(
+        reward_mean=metrics[record.REWARD_MEAN],
+        token_entropy=metrics[record.TOKEN_ENTROPY],
+        no_signal_share=metrics[record.NO_SIGNAL_SHARE],
+        alpha=alpha,
+        alpha_start=alpha if start is None else start,
+        improvement=metrics.get(record.IMPROVEMENT),
+        anchor_drift=metrics.get(record.ANCHOR_DRIFT),
+        coefficient_top_share=metrics.get(record.COEFFICIENT_TOP_SHARE),
+        max_log_ratio=metrics.get(record.MAX_LOG_RATIO),
+    )
+
+
+def _check_folder(folder: Path, if_exists: str) -> None:
+    """Refuse a folder that holds a run; every rank looks before any of them writes."""
+    holds_run = any((folder / name).exists() for name in (*_FILES, *_FOLDERS))
+    if holds_run and if_exists == "error":
+        raise ConfigError(
+            f"run.name={folder.name}: {folder} already holds a run; choose another run.name, or "
+            "run.if_exists=overwrite or run.if_exists=resume"
+        )
+
+
+def _prepare_folder(folder: Path, config: Config, layout: Layout) -> None:
+    """Make the folder, empty it of an old run where told to, save the configuration."""
+    error: OSError | None = None
+    if layout.rank == 0:
+        try:
+            if config.run.if_exists == "overwrite":
+                _remove_run(folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / record.CONFIG_FILE).write_text(to_yaml(config))
+        except OSError as raised:
+            error = raised
+    if not all_true(error is None, layout.device):
+        raise TrainingStopped(f"rank 0 could not prepare {folder}: {error or 'see its message'}")
+
+
+def _remove_run(folder: Path) -> None:
+    for name in _FILES:
+        (folder / name).unlink(missing_ok=True)
+    for name in _FOLDERS:
+        shutil.rmtree(folder / name, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _view(config: Config, layout: Layout) -> Iterator[View]:
+    if layout.rank != 0 or config.run.console == "off":
+        yield SilentView()
+        return
+    from nemo_apo.report.console import LiveView
+
+    subtitle = (
+        f"{config.task.name}/{config.task.reward}  {config.objective.name}  "
+        f"world {layout.world_size} = TP{layout.tensor_size} x PP{layout.pipeline_size} "
+        f"x DP{layout.data_size}"
+    )
+    with LiveView(config.run.name, config.run.steps, subtitle) as view:
+        yield view
+
+
+def _set_threads(config: Config) -> None:
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    threads = config.run.threads or max(1, (os.cpu_count() or 1) // local_ranks)
+    torch.set_num_threads(threads)
+
+
+def _peak_memory_mib(layout: Layout) -> float:
+    """Peak resident memory of this process, or peak GPU memory where there is a GPU, MiB."""
+    if layout.device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the figures of a run depend on."""
+    packages: dict[str, Callable[[], str]] = {
+        "nemo_apo": lambda: __version__,
+        "python": platform.python_version,
+        "torch": lambda: torch.__version__,
+        "megatron-core": lambda: importlib.metadata.version("megatron-core"),
+    }
+    return {name: version() for name, version in packages.items()}

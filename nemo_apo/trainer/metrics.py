@@ -1,0 +1,89 @@
+"""Where the metrics of a run go: metrics.jsonl, TensorBoard, Weights & Biases. Rank 0 only."""
+
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from nemo_apo import record
+from nemo_apo.compose import to_yaml
+from nemo_apo.config import Config
+from nemo_apo.core.diagnostics import Finding
+
+
+class MetricsLog:
+    """Writes one record per RL step to every sink that the configuration asks for.
+
+    Args:
+        folder: the run's folder.
+        config: the run's configuration.
+        first_step: steps after this one are about to be written; lines of ``metrics.jsonl`` from
+            an interrupted run beyond it are removed.
+    """
+
+    def __init__(self, folder: Path, config: Config, first_step: int) -> None:
+        self._path = folder / record.METRICS_FILE
+        _cut_after(self._path, first_step)
+        self._tensorboard = None
+        self._wandb = None
+        if config.run.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(folder / record.TENSORBOARD_DIR))
+        if config.run.wandb:
+            self._wandb = _start_wandb(folder, config)
+
+    def write(self, step: int, metrics: dict[str, float], findings: list[Finding]) -> None:
+        """Append the metrics of a step (names of ``nemo_apo.record``) and its findings."""
+        line: dict[str, Any] = {record.STEP: step}
+        line |= {name: _json_number(value) for name, value in metrics.items()}
+        line[record.FINDINGS] = [asdict(finding) for finding in findings]
+        with self._path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        if self._tensorboard is not None:
+            for name, value in metrics.items():
+                self._tensorboard.add_scalar(name, value, step)
+            self._tensorboard.flush()
+        if self._wandb is not None:
+            self._wandb.log(metrics, step=step)
+
+    def close(self) -> None:
+        """Flush and close every sink."""
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def _json_number(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _cut_after(path: Path, step: int) -> None:
+    """Keep the lines up to a step; a line cut short by a killed run goes too."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)[record.STEP] <= step:
+                kept.append(line + "\n")
+        except json.JSONDecodeError:
+            break
+    path.write_text("".join(kept))
+
+
+def _start_wandb(folder: Path, config: Config) -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise ValueError(
+            "run.wandb=true needs the wandb extra: pip install 'nemo_apo[wandb]'"
+        ) from None
+    return wandb.init(
+        project=config.run.wandb_project,
+        name=config.run.name,
+        dir=str(folder),
+        config={"config": to_yaml(config)},
+    )
