@@ -47,7 +47,8 @@ class RunConfig:
         dry_run: check and print, train nothing.
         save_every: RL steps between checkpoints; 0 saves none (but ``stop_after`` still does).
         stop_after: stop (and save) after this RL step, to be resumed later; null runs to the end.
-        threads: CPU threads per rank; null shares the machine's cores among its ranks.
+        threads: CPU threads per rank; null shares the machine's cores among its ranks (the tiny
+            model is fastest on one).
         console: "auto" (live on a terminal, plain lines elsewhere), "plain" or "off".
         tensorboard: write TensorBoard event files.
         wandb: also log to Weights & Biases (the ``wandb`` extra).
@@ -58,12 +59,12 @@ class RunConfig:
     name: str = "quickstart"
     root: str = "runs"
     seed: int = 0
-    steps: int = 80
+    steps: int = 60
     if_exists: str = "error"
     dry_run: bool = False
     save_every: int = 40
     stop_after: int | None = None
-    threads: int | None = None
+    threads: int | None = 1
     console: str = "auto"
     tensorboard: bool = True
     wandb: bool = False
@@ -99,7 +100,7 @@ class ModelConfig:
     rotary_base: int = 10000
     layernorm_epsilon: float = 1e-6
     tied_embeddings: bool = False
-    init_method_std: float = 0.02
+    init_method_std: float = 0.07
     make_vocab_size_divisible_by: int = 8
 
 
@@ -170,7 +171,7 @@ class UpdateConfig:
         monitor_reference_kl: measure the KL to the policy at the start of RL every step.
     """
 
-    mini_batches: int = 4
+    mini_batches: int = 2
     epochs: int = 2
     micro_batch_size: int = 64
     log_prob_micro_batch_size: int = 256
@@ -189,7 +190,7 @@ class OptimizerConfig:
         clip_grad: bound on the global gradient norm; 0 is off.
     """
 
-    lr: float = 1e-4
+    lr: float = 2e-4
     lr_warmup_steps: int = 0
     adam_beta1: float = 0.9
     adam_beta2: float = 0.95
@@ -205,11 +206,13 @@ class WarmStartConfig:
     Attributes:
         steps, batch_size: optimizer steps and demonstrations per step.
         lr: peak learning rate, decayed to 0 by a cosine.
+        load: a checkpoint folder whose weights are taken instead of training; null trains.
     """
 
     steps: int = 300
     batch_size: int = 64
     lr: float = 2e-3
+    load: str | None = None
 
 
 @dataclass(frozen=True)

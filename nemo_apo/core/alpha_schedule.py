@@ -337,7 +337,7 @@ class EssSchedule:
     def _nearest_alpha(self, signals: ScheduleSignals) -> float:
         low, high = self.alpha_min, self.alpha_max
         for _ in range(1 + _ESS_REFINEMENTS):
-            grid = torch.linspace(high, low, _ESS_GRID, dtype=torch.float64).tolist()
+            grid: list[float] = torch.linspace(high, low, _ESS_GRID, dtype=torch.float64).tolist()
             errors = [abs(_ess_share(a, signals) - self.ess_target) for a in grid]
             best = errors.index(min(errors))
             high, low = grid[max(0, best - 1)], grid[min(_ESS_GRID - 1, best + 1)]

@@ -15,6 +15,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+# Means of equal rewards such as 0.7 differ in their last bits where group sizes differ; scaled to
+# [0, 1], that difference would become the whole range.
+EQUAL_MEANS = 1e-12
+
 
 class Temperature(Protocol):
     """A rule for tau, one value per group."""
@@ -76,7 +80,7 @@ class AdaptiveTemperature:
 
 def _min_max_scaled(rewards_G: Tensor) -> Tensor:
     low, high = rewards_G.min(), rewards_G.max()
-    if bool(low == high):
+    if bool(high - low <= EQUAL_MEANS * torch.maximum(low.abs(), high.abs())):
         return torch.full_like(rewards_G, 0.5)
     return (rewards_G - low) / (high - low)
 

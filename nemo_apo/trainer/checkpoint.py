@@ -122,6 +122,27 @@ def save(
     return folder
 
 
+def save_weights(folder: Path, policy: Policy) -> None:
+    """Write the weights alone, to start other runs from (``warm_start.load``); collective."""
+    if dist.get_rank() == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    dist.barrier()
+    dist_checkpointing.save({"model": policy.model.module.sharded_state_dict()}, str(folder))
+
+
+def load_weights(folder: Path, policy: Policy) -> None:
+    """Take the weights of a checkpoint, whole or weights alone; collective.
+
+    Raises:
+        CheckpointError: if the folder is not a checkpoint.
+    """
+    if not dist_checkpointing.check_is_distributed_checkpoint(str(folder)):
+        raise CheckpointError(f"warm_start.load={folder}: not a checkpoint folder")
+    wanted = {"model": policy.model.module.sharded_state_dict()}
+    policy.model.module.load_state_dict(dist_checkpointing.load(wanted, str(folder))["model"])
+
+
 def latest(root: Path) -> Path | None:
     """The newest complete checkpoint under a folder, or None."""
     complete = sorted(path.parent for path in root.glob(f"step_*/{STATE_FILE}"))

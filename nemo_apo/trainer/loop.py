@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from nemo_apo import __version__, record
 from nemo_apo.compose import to_yaml
-from nemo_apo.config import Config, ConfigError
+from nemo_apo.config import Config, ConfigError, RunConfig
 from nemo_apo.core.alpha_schedule import ScheduleState
 from nemo_apo.core.diagnostics import DiagnosticsState, Finding, StepFigures, observe
 from nemo_apo.parallel import layout as parallel_layout
@@ -82,7 +82,7 @@ def run(config: Config) -> None:
         TrainingStopped: after too many skipped optimizer steps in a row.
     """
     folder = Path(config.run.root) / config.run.name
-    _set_threads(config)
+    set_threads(config.run)
     _check_folder(folder, config.run.if_exists)
     layout = parallel_layout.initialize(config.parallel, config.run.seed)
     try:
@@ -98,6 +98,20 @@ def run(config: Config) -> None:
         parallel_layout.shut_down()
 
 
+def build_policy(config: Config, layout: Layout) -> Policy:
+    """The policy of a configuration, with initial weights from the run's seed."""
+    task = config.task
+    return Policy(
+        config.model,
+        config.optimizer,
+        layout,
+        task.vocab_size,
+        task.max_prompt_length + task.max_response_length,
+        config.rollout.temperature,
+        config.run.seed,
+    )
+
+
 class _Run:
     def __init__(self, config: Config, layout: Layout, folder: Path, view: View) -> None:
         self.config = config
@@ -105,15 +119,7 @@ class _Run:
         self.folder = folder
         self.view = view
         self.task = config.task
-        self.policy = Policy(
-            config.model,
-            config.optimizer,
-            layout,
-            self.task.vocab_size,
-            self.task.max_prompt_length + self.task.max_response_length,
-            config.rollout.temperature,
-            config.run.seed,
-        )
+        self.policy = build_policy(config, layout)
         self._started = time.perf_counter()
         self._spent_before = 0.0
 
@@ -165,6 +171,9 @@ class _Run:
     def _warm_start(self) -> float:
         start = time.perf_counter()
         total = self.config.warm_start.steps
+        if self.config.warm_start.load is not None:
+            checkpoint.load_weights(Path(self.config.warm_start.load), self.policy)
+            return time.perf_counter() - start
 
         def on_step(done: int, loss: float) -> None:
             self.view.phase("warm start", done, total, f"loss {loss:.3f} nats/token")
@@ -345,9 +354,10 @@ def _view(config: Config, layout: Layout) -> Iterator[View]:
         yield view
 
 
-def _set_threads(config: Config) -> None:
+def set_threads(run_config: RunConfig) -> None:
+    """CPU threads of this rank, see ``RunConfig.threads``."""
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    threads = config.run.threads or max(1, (os.cpu_count() or 1) // local_ranks)
+    threads = run_config.threads or max(1, (os.cpu_count() or 1) // local_ranks)
     torch.set_num_threads(threads)
 
 

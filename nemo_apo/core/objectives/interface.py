@@ -9,7 +9,7 @@ sum of ``token_loss`` over micro-batches, and its gradient, do not depend on the
 Axes: N sequences of the optimizer-step batch, B sequences of a micro-batch, T tokens.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields
 from typing import ClassVar, Protocol
 
@@ -170,7 +170,7 @@ def _batch_token_mean(batch: GroupBatch) -> Tensor:
 
 def _constant(batch: GroupBatch) -> Tensor:
     """Mean over groups and completions of the token sum over the length limit (Dr.GRPO)."""
-    per_group_N = batch.groups.spread(batch.groups.sizes_G)
+    per_group_N = batch.groups.spread(batch.groups.sizes_G).to(torch.float64)
     return 1.0 / (batch.groups.count * per_group_N * batch.max_response_length)
 
 
@@ -192,7 +192,7 @@ def token_weights(batch: GroupBatch, aggregation: str) -> Tensor:
     return AGGREGATIONS[aggregation](batch).to(torch.float64)
 
 
-def check_choice(key: str, value: str, choices: dict[str, object] | tuple[str, ...]) -> None:
+def check_choice(key: str, value: str, choices: Collection[str]) -> None:
     """Raise ``ValueError`` unless the value is one of the choices of ``objective.<key>``."""
     if value not in choices:
         raise ValueError(f"objective.{key} must be one of {sorted(choices)}, got {value!r}")

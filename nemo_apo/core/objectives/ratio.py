@@ -188,7 +188,9 @@ class Sapo:
     def token_loss(self, inputs: TokenInputs, columns: Columns) -> Tensor:
         ratio_BT = _token_ratio(inputs)
         advantage_B1 = _advantage(columns, ratio_BT)
-        gate_B1 = torch.where(advantage_B1 > 0.0, self.gate_positive, self.gate_negative)
+        # Not torch.where of two Python numbers, which is float32 whatever the model's dtype.
+        gate_B1 = torch.full_like(advantage_B1, self.gate_negative)
+        gate_B1 = gate_B1.masked_fill(advantage_B1 > 0.0, self.gate_positive)
         soft_BT = torch.sigmoid(gate_B1 * (ratio_BT - 1.0)) * 4.0 / gate_B1
         return -_weighted_sum(soft_BT * advantage_B1, inputs, columns)
 
