@@ -85,8 +85,8 @@ class ModelConfig:
         layernorm_epsilon: RMSNorm epsilon.
         tied_embeddings: one matrix for input embedding and output projection.
         init_method_std: standard deviation of initial weights.
-        make_vocab_size_divisible_by: the vocabulary is padded to a multiple of this times the
-            tensor-parallel size; padded rows never enter a log-prob, an entropy or a sample.
+        make_vocab_size_divisible_by: the vocabulary is padded to a multiple of this, whatever the
+            layout; padded rows never enter a log-prob, an entropy or a sample.
     """
 
     name: str = "tiny_qwen3"
@@ -263,6 +263,12 @@ TAGGED_SECTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+def padded_vocab_size(vocab_size: int, model: ModelConfig) -> int:
+    """The vocabulary rounded up to a multiple of ``make_vocab_size_divisible_by``."""
+    step = model.make_vocab_size_divisible_by
+    return (vocab_size + step - 1) // step * step
+
+
 def unread_sections(objective: Objective) -> set[str]:
     """Sections that an objective never reads; setting one beside it is refused, not ignored."""
     unread: set[str] = set()
@@ -369,6 +375,14 @@ def _check_layout(config: Config, world_size: int) -> None:
             tp,
             f"must divide model.{key}={value}",
         )
+    padded = padded_vocab_size(config.task.vocab_size, model)
+    require(
+        padded % tp == 0,
+        "parallel.tensor_model_parallel_size",
+        tp,
+        f"must divide the padded vocabulary of {padded} tokens "
+        f"(model.make_vocab_size_divisible_by={model.make_vocab_size_divisible_by})",
+    )
     require(
         model.num_layers % pp == 0,
         "parallel.pipeline_model_parallel_size",

@@ -76,7 +76,7 @@ SAMPLES = "progress/samples"
 
 @dataclass(frozen=True)
 class MetricInfo:
-    """How a metric is shown to a person: its label and its unit ("" for a plain number or share)."""
+    """How a metric is shown to a person: label and unit ("" for a plain number)."""
 
     label: str
     unit: str = ""

@@ -255,8 +255,7 @@ class GuardedSchedule:
             )
         if not 0.0 < self.improvement_scale < math.inf:
             raise ValueError(
-                "schedule.improvement_scale must be > 0 and finite, "
-                f"got {self.improvement_scale}"
+                f"schedule.improvement_scale must be > 0 and finite, got {self.improvement_scale}"
             )
 
     def step(self, state: ScheduleState, signals: ScheduleSignals) -> tuple[float, ScheduleState]:

@@ -165,7 +165,8 @@ def _suppressed_improvement(state: DiagnosticsState, thresholds: Thresholds) -> 
     last = state.recent[-1]
     if not _full(state, thresholds) or last.improvement is None or last.alpha is None:
         return None
-    assert state.first_entropy is not None and last.alpha_start is not None
+    assert state.first_entropy is not None
+    assert last.alpha_start is not None
     high = last.token_entropy >= thresholds.high_entropy * state.first_entropy
     at_start = last.alpha_start - last.alpha < 0.01
     if not (high and at_start and abs(_reward_rise(state)) < thresholds.reward_rise):

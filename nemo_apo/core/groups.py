@@ -103,9 +103,9 @@ class Groups:
         order = torch.argsort(self.index_N, stable=True)
         starts_G = torch.cumsum(self.sizes_G, 0) - self.sizes_G
         rank_N = torch.empty_like(self.index_N)
-        rank_N[order] = torch.arange(order.numel(), device=order.device) - starts_G[
-            self.index_N[order]
-        ]
+        rank_N[order] = (
+            torch.arange(order.numel(), device=order.device) - starts_G[self.index_N[order]]
+        )
         return rank_N
 
     def _extreme(self, values_N: Tensor, reduce: str) -> Tensor:

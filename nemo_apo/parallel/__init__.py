@@ -1,1 +1,1 @@
-"""megatron-core plumbing: layout, log-probs, forward and backward, gathering. No loss arithmetic."""
+"""megatron-core plumbing: layout, log-probs, forward and backward, gathering; no objectives."""

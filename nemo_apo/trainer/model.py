@@ -133,9 +133,3 @@ def build_optimizer(
         use_distributed_optimizer=False,
     )
     return get_megatron_optimizer(config, [model])
-
-
-def padded_vocab_size(vocab_size: int, model: ModelConfig) -> int:
-    """The vocabulary rounded up to a multiple of ``make_vocab_size_divisible_by``."""
-    step = model.make_vocab_size_divisible_by
-    return (vocab_size + step - 1) // step * step

@@ -15,7 +15,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.resharding.refit import swap_model_weights
 from torch import Tensor
 
-from nemo_apo.config import ModelConfig, OptimizerConfig
+from nemo_apo.config import ModelConfig, OptimizerConfig, padded_vocab_size
 from nemo_apo.core.objectives import Columns
 from nemo_apo.parallel.gather import all_gather_rows, all_true, broadcast_from_last, sum_over
 from nemo_apo.parallel.layout import Layout, single_rank_groups
@@ -29,7 +29,6 @@ from nemo_apo.trainer.model import (
     build_optimizer,
     build_replica,
     build_training_model,
-    padded_vocab_size,
 )
 
 

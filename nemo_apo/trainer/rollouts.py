@@ -97,9 +97,7 @@ def concatenate(parts: Sequence[Rollouts]) -> Rollouts:
         for field in dataclasses.fields(Rollouts)
         if getattr(parts[0], field.name) is not None
     ]
-    return Rollouts(
-        **{name: torch.cat([getattr(part, name) for part in parts]) for name in fields}
-    )
+    return Rollouts(**{name: torch.cat([getattr(part, name) for part in parts]) for name in fields})
 
 
 def assemble(
@@ -148,3 +146,9 @@ def check_tokens(tokens_NT: Tensor, vocab_size: int) -> None:
         raise ValueError(
             f"token ids must lie in [0, {vocab_size}), the rollout holds {low} to {high}"
         )
+
+
+def known(values: Tensor | None) -> Tensor:
+    """A column that is filled in before it is read."""
+    assert values is not None
+    return values

@@ -33,9 +33,7 @@ def complete(
     layout = policy.layout
     per_rank = -(-len(prompts) // layout.world_size)
     # Ranks past the end complete the last prompt again; those rows are cut off below.
-    rows = [
-        min(layout.rank * per_rank + i, len(prompts) - 1) for i in range(per_rank)
-    ]
+    rows = [min(layout.rank * per_rank + i, len(prompts) - 1) for i in range(per_rank)]
     part = generate(
         model,
         [prompts[row] for row in rows],
@@ -61,9 +59,7 @@ def complete(
 
 def grade(task: Task, prompts: Sequence[Prompt], completions: Completions) -> Tensor:
     """Reward of every completion, [N] float64; NaN where the grader failed."""
-    rewards = [
-        _grade_one(task, prompt, completions.row(row)) for row, prompt in enumerate(prompts)
-    ]
+    rewards = [_grade_one(task, prompt, completions.row(row)) for row, prompt in enumerate(prompts)]
     return torch.tensor(rewards, dtype=torch.float64)
 
 

@@ -9,7 +9,8 @@ import json
 import multiprocessing
 import shutil
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -144,14 +145,16 @@ def _warm_folder(config: Config) -> Path:
     return Path(config.run.root) / "warm_start" / f"{teacher}_seed{config.run.seed}"
 
 
-def _in_processes(work: object, configs: list[Config], jobs: int) -> None:
-    # Imported before the fork, so that every run does not spend seconds on it again.
+def _in_processes(work: Callable[[Config], str], configs: list[Config], jobs: int) -> None:
+    # Imported before the fork, so that no worker spends seconds on it again.
     import nemo_apo.trainer.loop  # noqa: F401
 
-    pool = multiprocessing.get_context("fork").Pool(jobs, maxtasksperchild=1)
-    with pool:
-        for done, name in enumerate(pool.imap_unordered(work, configs, chunksize=1), start=1):  # type: ignore[arg-type]
-            print(f"{done}/{len(configs)} {name}", flush=True)
+    # Not multiprocessing.Pool: its workers may not start the processes that write a checkpoint.
+    context = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+        running = [pool.submit(work, config) for config in configs]
+        for done, finished in enumerate(as_completed(running), start=1):
+            print(f"{done}/{len(configs)} {finished.result()}", flush=True)
 
 
 def _make_warm_start(config: Config) -> str:

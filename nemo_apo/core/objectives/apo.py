@@ -1,6 +1,7 @@
 """APO: the alpha-divergence from a Boltzmann target to the anchored policy (arXiv 2512.22953).
 
-    loss = mean over groups of D_alpha(q || p),   q = softmax(A / beta_r),  p = softmax((l - l_ref) / tau)
+loss = mean over groups of D_alpha(q || p)
+q = softmax(A / beta_r),    p = softmax((l - l_ref) / tau)
 """
 
 from dataclasses import dataclass

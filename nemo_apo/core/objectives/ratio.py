@@ -6,7 +6,8 @@ tokens:
     GRPO, Dr.GRPO, DAPO   -sum w min(r A, clip(r, 1 - low, 1 + high) A)
                           (arXiv 2402.03300, 2503.20783, 2503.14476; they differ in A, w and clip)
     CISPO                 -sum w sg(clip(r, 1 - low, 1 + high)) A log pi          (arXiv 2506.13585)
-    SAPO                  -sum w (4 / t) sigmoid(t (r - 1)) A,  t by the sign of A  (arXiv 2511.20347)
+    SAPO                  -sum w (4 / t) sigmoid(t (r - 1)) A,  t by the sign of A
+                          (arXiv 2511.20347)
     GSPO                  -sum_i v_i min(s_i A_i, clip(s_i, ..) A_i),  s_i = (pi/pi_old)^(1/T_i)
                           per sequence (arXiv 2507.18071)
 

@@ -1,0 +1,123 @@
+"""Drawing the rollout of an RL step: prompts, completions, rewards, and which groups are kept.
+
+Prompts and samples are a function of the run's seed, the step and the round, so they need no
+state in a checkpoint. Axes: N sequences, G groups.
+"""
+
+import time
+from dataclasses import dataclass, replace
+from random import Random
+
+import torch
+from torch import Tensor
+
+from nemo_apo import record
+from nemo_apo.config import Config
+from nemo_apo.core.filtering import SettledGroups, settle_groups
+from nemo_apo.core.groups import Groups
+from nemo_apo.tasks import Task
+from nemo_apo.trainer.policy import Policy
+from nemo_apo.trainer.rollouts import Rollouts, assemble, check_tokens, concatenate
+from nemo_apo.trainer.sampler import uniforms
+from nemo_apo.trainer.sampling import complete, grade
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A rollout ready to be weighed.
+
+    Attributes:
+        rollouts: the kept groups, failed grades settled; may be empty.
+        samples: completions drawn, those thrown away included.
+        metrics: by the names of ``nemo_apo.record``.
+    """
+
+    rollouts: Rollouts
+    samples: int
+    metrics: dict[str, float]
+
+
+class RolloutSource:
+    """Draws rollouts from a policy; every rank gets the same ones."""
+
+    def __init__(self, policy: Policy, config: Config, task: Task) -> None:
+        self.policy = policy
+        self.config = config
+        self.task = task
+
+    def draw(self, step: int) -> Drawn:
+        """The rollout of RL step ``step``; with ``rollout.resample``, groups without signal are
+        replaced by further ones as long as rounds are left.
+        """
+        began = time.perf_counter()
+        wanted = self.config.rollout.prompts
+        first = rollouts = self._sample(step, 0, wanted)
+        for again in range(1, self.config.rollout.resample + 1):
+            missing = wanted - int(self._with_signal(rollouts).sum())
+            if missing <= 0:
+                break
+            rollouts = concatenate([rollouts, self._sample(step, again, missing)])
+        seconds = time.perf_counter() - began
+        samples = rollouts.count
+        if samples > first.count:
+            rollouts = self._prefer_signal(rollouts, wanted)
+        settled = self._settle(rollouts)
+        metrics = {
+            record.REWARD_MEAN: float(settled.rewards_N.mean()),
+            record.REWARD_STD: float(settled.rewards_N.std(correction=0)),
+            record.REWARD_FAILED: settled.failed_grades,
+            record.RESPONSE_LENGTH: float(first.lengths_N.mean()),
+            record.TRUNCATED_SHARE: float(first.truncated_N.double().mean()),
+            record.TOKENS_PER_SECOND: float(first.lengths_N.mean()) * samples / seconds,
+            record.DROPPED_GROUPS: sum(settled.dropped.values()),
+            record.RESAMPLED_GROUPS: (samples - first.count) // self.config.rollout.group_size,
+            record.ROLLOUT_SECONDS: seconds,
+        }
+        rollouts = replace(rollouts, rewards_N=settled.rewards_N)
+        return Drawn(rollouts.select(settled.keep_N), samples, metrics)
+
+    def _sample(self, step: int, again: int, count: int) -> Rollouts:
+        """``count`` groups of round ``again``."""
+        config, task = self.config, self.task
+        size = config.rollout.group_size
+        stream = f"rollout/{step}/{again}"
+        distinct = task.train_prompts(count, Random(f"{config.run.seed}/{stream}"))
+        prompts = [prompt for prompt in distinct for _ in range(size)]
+        draws = uniforms(config.run.seed, stream, len(prompts), task.max_response_length)
+        completions = complete(self.policy, task, config.rollout, prompts, draws)
+        group_ids_N = torch.arange(count).repeat_interleave(size)
+        rollouts = assemble(
+            prompts,
+            completions,
+            group_ids_N + again * config.rollout.prompts,
+            grade(task, prompts, completions),
+            task.max_prompt_length + task.max_response_length,
+            task.pad_id,
+        )
+        check_tokens(rollouts.tokens_NT, task.vocab_size)
+        return rollouts
+
+    def _settle(self, rollouts: Rollouts) -> SettledGroups:
+        return settle_groups(
+            rollouts.rewards_N,
+            rollouts.mask_NT.sum(dim=1),
+            rollouts.truncated_N,
+            Groups.from_ids(rollouts.group_ids_N),
+            self.config.groups,
+        )
+
+    def _with_signal(self, rollouts: Rollouts) -> Tensor:
+        """Groups that would be kept and whose rewards differ, bool [G]."""
+        groups = Groups.from_ids(rollouts.group_ids_N)
+        settled = self._settle(rollouts)
+        kept_G = groups.min(settled.keep_N.to(torch.int64)) > 0
+        return kept_G & ~groups.all_equal(settled.rewards_N)
+
+    def _prefer_signal(self, rollouts: Rollouts, wanted: int) -> Rollouts:
+        """``wanted`` groups of the rollout: those with signal first, in order of sampling."""
+        groups = Groups.from_ids(rollouts.group_ids_N)
+        signal_G = self._with_signal(rollouts)
+        chosen_G = torch.argsort((~signal_G).to(torch.int64), stable=True)[:wanted]
+        keep_G = torch.zeros(groups.count, dtype=torch.bool)
+        keep_G[chosen_G] = True
+        return rollouts.select(groups.spread(keep_G))
