@@ -15,7 +15,7 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 
-from nemo_apo.config import Config
+from nemo_apo.config import Config, ConfigError
 from nemo_apo.core.alpha_schedule import ScheduleState
 from nemo_apo.core.diagnostics import DiagnosticsState
 from nemo_apo.trainer.anchors import RememberedWeights
@@ -36,7 +36,7 @@ _FIXED_SECTIONS = (
 )
 
 
-class CheckpointError(ValueError):
+class CheckpointError(ConfigError):
     """A checkpoint that cannot be resumed from."""
 
 

@@ -33,7 +33,7 @@ def evaluate(policy: Policy, config: Config, task: Task) -> Evaluation:
     solved = [task.solved(prompt, greedy.row(row)) for row, prompt in enumerate(prompts)]
     return Evaluation(
         accuracy=sum(solved) / len(solved),
-        reward=float(torch.nanmean(grade(task, prompts, greedy))),
+        reward=float(torch.nanmean(grade(policy.layout, task, prompts, greedy))),
         pass_at_k=_pass_at_k(policy, config, task, prompts[: config.evaluation.pass_prompts]),
     )
 

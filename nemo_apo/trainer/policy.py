@@ -141,6 +141,8 @@ class Policy:
     def set_optimizer(self, optimizer: OptimizerConfig) -> None:
         """A fresh optimizer, with empty moments."""
         self.optimizer = build_optimizer(optimizer, self.model)
+        for group in self.optimizer.param_groups:
+            group["weight_decay"] = optimizer.weight_decay * group["wd_mult"]
 
     def refit_sampler(self) -> GPTModel:
         """The model that samples, holding the current weights."""

@@ -90,7 +90,7 @@ class RolloutSource:
             prompts,
             completions,
             group_ids_N + again * config.rollout.prompts,
-            grade(task, prompts, completions),
+            grade(self.policy.layout, task, prompts, completions),
             task.max_prompt_length + task.max_response_length,
             task.pad_id,
         )

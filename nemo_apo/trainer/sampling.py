@@ -7,6 +7,7 @@ from torch import Tensor
 
 from nemo_apo.config import RolloutConfig
 from nemo_apo.parallel.gather import all_gather_rows
+from nemo_apo.parallel.layout import Layout
 from nemo_apo.tasks import Prompt, Task
 from nemo_apo.trainer.policy import Policy
 from nemo_apo.trainer.rollouts import Completions
@@ -30,10 +31,7 @@ def complete(
         uniforms_NR: see ``generate``; None decodes greedily.
     """
     model = policy.refit_sampler()
-    layout = policy.layout
-    per_rank = -(-len(prompts) // layout.world_size)
-    # Ranks past the end complete the last prompt again; those rows are cut off below.
-    rows = [min(layout.rank * per_rank + i, len(prompts) - 1) for i in range(per_rank)]
+    rows = _share(policy.layout, len(prompts))
     part = generate(
         model,
         [prompts[row] for row in rows],
@@ -57,10 +55,24 @@ def complete(
     )
 
 
-def grade(task: Task, prompts: Sequence[Prompt], completions: Completions) -> Tensor:
-    """Reward of every completion, [N] float64; NaN where the grader failed."""
-    rewards = [_grade_one(task, prompt, completions.row(row)) for row, prompt in enumerate(prompts)]
-    return torch.tensor(rewards, dtype=torch.float64)
+def grade(
+    layout: Layout, task: Task, prompts: Sequence[Prompt], completions: Completions
+) -> Tensor:
+    """Reward of every completion, [N] float64; NaN where the grader failed.
+
+    Every rank grades its share and all get everything: each completion is graded once, so ranks
+    agree even on a grader that does not always answer the same.
+    """
+    rows = _share(layout, len(prompts))
+    rewards = [_grade_one(task, prompts[row], completions.row(row)) for row in rows]
+    rewards_N = torch.tensor(rewards, dtype=torch.float64, device=layout.device)
+    return all_gather_rows(rewards_N)[: len(prompts)].cpu()
+
+
+def _share(layout: Layout, count: int) -> list[int]:
+    """This rank's rows; those past the end repeat the last one and are cut off after gathering."""
+    per_rank = -(-count // layout.world_size)
+    return [min(layout.rank * per_rank + i, count - 1) for i in range(per_rank)]
 
 
 def _grade_one(task: Task, prompt: Prompt, completion: list[int]) -> float:

@@ -141,9 +141,9 @@ def test_the_baseline_trails_the_reward() -> None:
 
 
 def test_relative_confidence_compares_with_the_first_three_steps() -> None:
-    # H_0 = (1 + 2 + 3) / 3 = 2; the first three steps have no confidence, a risen entropy none.
+    # H_0 = (3 + 2 + 1) / 3 = 2; the first three steps have no confidence, a risen entropy none.
     schedule, state, seen = GuardedSchedule(), ScheduleState(), []
-    for entropy in (1.0, 2.0, 3.0, 0.5, 3.0, 1.0):
+    for entropy in (3.0, 2.0, 1.0, 0.5, 3.0, 1.0):
         _, state = schedule.step(state, signals(entropy=entropy))
         seen.append(state.confidence)
     assert seen == pytest.approx([0.0, 0.0, 0.0, 0.75, 0.0, 0.5])
