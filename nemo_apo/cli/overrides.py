@@ -1,0 +1,38 @@
+"""The arguments by which a command takes a configuration."""
+
+import argparse
+from pathlib import Path
+
+from nemo_apo.compose import compose
+from nemo_apo.config import Config
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add overrides, ``--config`` and ``--config-dir``."""
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="OVERRIDE",
+        help="section.key=value, or group=option; see `nemo-apo config` and its --groups",
+    )
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="YAML of differences from the defaults; a run's config.yaml repeats the run",
+    )
+    parser.add_argument(
+        "--config-dir",
+        type=Path,
+        metavar="DIR",
+        help="folder with options of your own, such as DIR/experiment/mine.yaml",
+    )
+
+
+def composed(arguments: argparse.Namespace) -> Config:
+    """The configuration that the arguments describe.
+
+    Raises:
+        ConfigError: see ``nemo_apo.compose.compose``.
+    """
+    return compose(arguments.overrides, arguments.config, arguments.config_dir)

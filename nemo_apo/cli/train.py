@@ -1,0 +1,62 @@
+"""``nemo-apo train``: compose, check, then train, or with ``run.dry_run=true`` print the plan."""
+
+import argparse
+import importlib.util
+import os
+
+from nemo_apo.cli.dry_run import plan
+from nemo_apo.cli.overrides import add_config_arguments, composed
+from nemo_apo.config import ConfigError, RunConfig, validate
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    add_config_arguments(parser)
+
+
+def main(arguments: argparse.Namespace) -> None:
+    """Train by the composed configuration.
+
+    Raises:
+        ConfigError: for a configuration that cannot be run, before any process group or file.
+        SystemExit: with status 1 if training cannot go on.
+    """
+    config = composed(arguments)
+    ranks = world_size()
+    validate(config, ranks)
+    first = os.environ.get("RANK", "0") == "0"
+    if config.run.dry_run:
+        if first:
+            print(plan(config, ranks))
+        return
+    _require_packages(config.run)
+    from nemo_apo.trainer.loop import TrainingStopped, run
+
+    try:
+        run(config)
+    except TrainingStopped as stopped:
+        raise SystemExit(f"nemo-apo: {stopped}" if first else 1) from None
+
+
+def world_size() -> int:
+    """Number of ranks that torchrun started; 1 without it."""
+    value = os.environ.get("WORLD_SIZE", "1")
+    if not value.isdecimal() or int(value) < 1:
+        raise ConfigError(f"WORLD_SIZE={value}: must be a whole number, at least 1")
+    return int(value)
+
+
+def _require_packages(run: RunConfig) -> None:
+    """Raise ``ConfigError`` if training would fail, perhaps at its end, for a missing package."""
+    needed = {"megatron": "trainer"}
+    if run.tensorboard:
+        needed["tensorboard"] = "trainer"
+    if run.report:
+        needed |= dict.fromkeys(("matplotlib", "plotly", "jinja2"), "report")
+    if run.wandb:
+        needed["wandb"] = "wandb"
+    for package, extra in needed.items():
+        if importlib.util.find_spec(package) is None:
+            raise ConfigError(
+                f"this run needs {package}, which is not installed: pip install 'nemo_apo[{extra}]'"
+            )

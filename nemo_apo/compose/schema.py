@@ -1,0 +1,163 @@
+"""The schema, read off the dataclasses of ``nemo_apo.config``: keys, types, nearest matches."""
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from nemo_apo.config import TAGGED_SECTIONS, Config, ConfigError
+
+# The field that says which class a tagged section has.
+NAME = "name"
+# Suggestions below this likeness (0 to 1) confuse more than they help.
+_LIKENESS = 0.6
+# Nor do those that much less like than the best.
+_MARGIN = 0.1
+_SUGGESTIONS = 3
+_KINDS = {
+    bool: "true or false (bool)",
+    int: "a whole number (int)",
+    float: "a number (float)",
+    str: "text (str)",
+}
+
+
+def sections() -> list[str]:
+    """The sections of a configuration, in order."""
+    return [field.name for field in dataclasses.fields(Config)]
+
+
+def _defaults(section: str) -> dict[str, Any]:
+    """The default value(s) of a section by name; one that is not tagged has a single one."""
+    return TAGGED_SECTIONS.get(section) or {"": getattr(Config(), section)}
+
+
+def keys_of(section: str) -> list[str]:
+    """Keys of a section, of all its classes together."""
+    fields = (field for value in _defaults(section).values() for field in dataclasses.fields(value))
+    return list(dict.fromkeys(field.name for field in fields))
+
+
+def all_keys() -> list[str]:
+    """Every dotted key that some configuration has."""
+    return [f"{section}.{key}" for section in sections() for key in keys_of(section)]
+
+
+def nearest(wrong: str, choices: Collection[str]) -> list[str]:
+    """The choices most like what was written, best first; a key's last part may stand alone."""
+
+    def likeness(choice: str) -> float:
+        whole = difflib.SequenceMatcher(None, wrong, choice).ratio()
+        last = difflib.SequenceMatcher(None, wrong.split(".")[-1], choice.split(".")[-1]).ratio()
+        # A match of the last part alone counts a little less than one of the whole key.
+        return max(whole, 0.95 * last)
+
+    ranked = sorted(((likeness(choice), choice) for choice in choices), key=lambda pair: -pair[0])
+    least = max(_LIKENESS, ranked[0][0] - _MARGIN) if ranked else _LIKENESS
+    return [choice for score, choice in ranked[:_SUGGESTIONS] if score >= least]
+
+
+def suggestion(wrong: str, choices: Collection[str]) -> str:
+    """The end of a message that names the nearest choices; empty if none is near."""
+    close = nearest(wrong, choices)
+    return f"; did you mean {' or '.join(close)}?" if close else ""
+
+
+def shown(value: object) -> str:
+    """A value as a person writes it."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value)
+
+
+def assigned(key: str, value: object) -> str:
+    """``key=value`` as a person writes it."""
+    return f"{key}={shown(value)}"
+
+
+def unknown_key(key: str, value: object, choices: Collection[str]) -> str:
+    """The message for a key that does not exist anywhere."""
+    written = assigned(key, value) if value != "" else key
+    return f"{written}: there is no such key{suggestion(key, choices)}"
+
+
+def typed_section(section: str, values: object) -> Any:
+    """A section's dataclass from plain values; what they leave out keeps its default.
+
+    Raises:
+        ConfigError: for an unknown key, a wrong type, or a value that the class refuses.
+    """
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{assigned(section, values)}: is a section, set one of its keys")
+    default = _section_default(section, values)
+    hints = typing.get_type_hints(type(default))
+    known = {field.name: hints[field.name] for field in dataclasses.fields(default)}
+    for key, value in values.items():
+        if key not in known:
+            raise ConfigError(_misplaced_key(section, key, value, default, known))
+        _check_type(f"{section}.{key}", value, known[key])
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(default), values))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{section}: {first_line(error)}") from None
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _section_default(section: str, values: Mapping[str, Any]) -> Any:
+    defaults = _defaults(section)
+    if section not in TAGGED_SECTIONS:
+        return defaults[""]
+    name = values.get(NAME)
+    if name not in defaults:
+        key = f"{section}.{NAME}"
+        rule = f"must be one of {', '.join(defaults)}{suggestion(shown(name), defaults)}"
+        raise ConfigError(f"{assigned(key, name)}: {rule}")
+    return defaults[name]
+
+
+def _misplaced_key(
+    section: str, key: str, value: object, default: Any, known: Collection[str]
+) -> str:
+    """The message for a key that the section's chosen class does not have."""
+    dotted = f"{section}.{key}"
+    if key not in keys_of(section):
+        return unknown_key(dotted, value, all_keys())
+    owners = [name for name, other in _defaults(section).items() if key in _field_names(other)]
+    return (
+        f"{assigned(dotted, value)}: {section}={default.name} has no {key} "
+        f"({', '.join(owners)} {'has' if len(owners) == 1 else 'have'}); "
+        f"its keys are {', '.join(known)}"
+    )
+
+
+def _field_names(value: Any) -> set[str]:
+    return {field.name for field in dataclasses.fields(value)}
+
+
+def _check_type(key: str, value: object, hint: Any) -> None:
+    """Raise ``ConfigError`` unless the value has the hinted type; an int may stand for a float."""
+    optional = isinstance(hint, types.UnionType)
+    kind = next(arg for arg in typing.get_args(hint) if arg is not type(None)) if optional else hint
+    if value is None and optional:
+        return
+    fits = type(value) is kind or (kind is float and type(value) is int)
+    if not fits or (isinstance(value, float) and math.isnan(value)):
+        expected = _KINDS[kind] + (" or null" if optional else "")
+        is_number = isinstance(value, (int, float)) and kind is str
+        quote = f"; to write it as text: {key}=\"'{shown(value)}'\"" if is_number else ""
+        raise ConfigError(f"{assigned(key, value)}: must be {expected}{quote}")
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an exception's message."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

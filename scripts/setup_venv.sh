@@ -1,0 +1,109 @@
+# Sourced by the other scripts: a virtual environment in .venv that matches requirements/.
+#
+#   setup_venv run     what training needs     (requirements/run.txt)
+#   setup_venv test    the checks as well      (requirements/test.txt)
+#
+# Sets ROOT (the repository) and VENV. An environment whose pins have not changed is reused as is.
+# PYTHON=... chooses its interpreter.
+# shellcheck shell=bash
+
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+VENV=$ROOT/.venv
+NEEDED_KB=$((3 * 1024 * 1024))
+
+fail() {
+    echo "$(basename "$0"): $*" >&2
+    exit 2
+}
+
+setup_venv() {
+    local kind=$1
+    local python
+    python=${PYTHON:-$(usual_python)}
+    check_python "$python"
+    # A lock on a file that is always there: no second process touches .venv until this one is done.
+    # Where flock is missing (macOS), two first calls at the same time are not kept apart.
+    exec 9<"$ROOT/scripts/setup_venv.sh"
+    if command -v flock >/dev/null; then
+        flock -n 9 || { echo "waiting for another set-up of .venv" >&2 && flock 9; }
+    fi
+    local stamp=$VENV/.stamp-$kind
+    local pins
+    pins=$(pins_of "$kind" "$python")
+    if [[ ! -f $stamp || $(<"$stamp") != "$pins" ]]; then
+        install_venv "$kind" "$python"
+        echo "$pins" >"$stamp"
+    fi
+    exec 9<&-
+}
+
+# The interpreter of a finished .venv, so that one made with PYTHON=... is kept, else python3.
+usual_python() {
+    if compgen -G "$VENV/.stamp-*" >/dev/null && [[ -x $VENV/bin/python ]]; then
+        echo "$VENV/bin/python"
+    else
+        echo python3
+    fi
+}
+
+check_python() {
+    local python=$1
+    command -v "$python" >/dev/null ||
+        fail "$python was not found; install Python 3.10 or newer, or name one with PYTHON=..."
+    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+        fail "$("$python" --version 2>&1) is too old; name a Python 3.10 or newer with PYTHON=..."
+}
+
+# What the environment depends on, as one line: the interpreter and the contents of the pins.
+pins_of() {
+    local kind=$1 python=$2
+    "$python" - "$kind" "$ROOT" <<'PY'
+import hashlib, pathlib, sys
+
+kind, root = sys.argv[1], pathlib.Path(sys.argv[2])
+names = ["requirements/run.txt", "requirements/cuda.txt", "pyproject.toml"]
+names += ["requirements/test.txt"] if kind == "test" else []
+contents = b"".join((root / name).read_bytes() for name in names)
+print(sys.version.split()[0], sys.base_prefix, root, hashlib.sha256(contents).hexdigest())
+PY
+}
+
+install_venv() {
+    local kind=$1 python=$2
+    make_venv "$python"
+    check_space
+    local log=$VENV/install.log
+    echo "installing requirements/$kind.txt into .venv (some minutes; log: .venv/install.log)" >&2
+    # The package itself is a link to this folder; the pins hold its build backend already.
+    if ! {
+        "$VENV/bin/python" -m pip install -r "$ROOT/requirements/$kind.txt" &&
+            "$VENV/bin/python" -m pip install --no-deps --no-build-isolation -e "$ROOT"
+    } >"$log" 2>&1; then
+        grep -i 'error' "$log" | tail -n 3 >&2 || true
+        fail "pip could not install requirements/$kind.txt (network or disk?); all of it: $log"
+    fi
+}
+
+# Makes .venv anew unless it works and belongs to this interpreter.
+make_venv() {
+    local python=$1
+    local version='import sys; print(sys.version)'
+    if [[ -x $VENV/bin/python && $("$VENV/bin/python" -c "$version" 2>&1) == \
+        $("$python" -c "$version") ]]; then
+        return
+    fi
+    "$python" -c 'import ensurepip, venv' 2>/dev/null ||
+        fail "Python's venv module is missing; on Debian or Ubuntu: apt-get install python3-venv"
+    check_space
+    "$python" -m venv --clear "$VENV" || fail "could not make $VENV"
+}
+
+check_space() {
+    # Pinned packages that are there already need no room again.
+    [[ -d $VENV/lib ]] && compgen -G "$VENV/lib/python*/site-packages/torch" >/dev/null && return
+    local free_kb
+    free_kb=$(df -Pk "$ROOT" | awk 'NR == 2 {print $4}')
+    ((free_kb >= NEEDED_KB)) ||
+        fail "about 3 GB must be free for .venv (more for a torch with CUDA), $ROOT has" \
+            "$((free_kb / 1024)) MB"
+}

@@ -1,0 +1,102 @@
+"""Numbers that meet between ranks: right for one rank, for several, and for strided tensors."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nemo_apo.parallel.gather import (
+    all_gather_objects,
+    all_gather_rows,
+    all_true,
+    broadcast_from_last,
+    sum_over,
+)
+
+from .ranks import run_ranks
+
+CPU = torch.device("cpu")
+
+
+def strided(rank: int) -> Tensor:
+    """A transposed view [4, 3] whose numbers tell the rank."""
+    values = (torch.arange(12.0).reshape(3, 4) + 100.0 * rank).t()
+    assert not values.is_contiguous()
+    return values
+
+
+def every_function(values: Tensor) -> dict[str, object]:
+    rank = dist.get_rank()
+    return {
+        "rows": all_gather_rows(values),
+        "sum": sum_over(values),
+        "last": broadcast_from_last(values.clone(), dist.group.WORLD),
+        "last strided": broadcast_from_last(values, dist.group.WORLD),
+        "objects": all_gather_objects({"rank": rank}),
+        "all yes": all_true(True, CPU),
+        "all no": all_true(False, CPU),
+        "first no": all_true(rank != 0, CPU),
+        "last no": all_true(rank != dist.get_world_size() - 1, CPU),
+    }
+
+
+def assert_numbers(got: dict[str, object], world_size: int) -> None:
+    of_rank = [strided(rank) for rank in range(world_size)]
+    for name, wanted in {
+        "rows": torch.cat(of_rank),
+        "sum": torch.stack(of_rank).sum(dim=0),
+        "last": of_rank[-1],
+        "last strided": of_rank[-1],
+    }.items():
+        actual = got[name]
+        assert isinstance(actual, Tensor)
+        assert torch.equal(actual, wanted), name
+    assert got["objects"] == [{"rank": rank} for rank in range(world_size)]
+    votes = {name: got[name] for name in ("all yes", "all no", "first no", "last no")}
+    assert votes == {"all yes": True, "all no": False, "first no": False, "last no": False}
+
+
+def test_one_rank() -> None:
+    (got,) = run_ranks(1, lambda: every_function(strided(dist.get_rank())))
+    assert_numbers(got, 1)
+
+
+def test_two_ranks_agree_on_every_number() -> None:
+    ranks = run_ranks(2, lambda: every_function(strided(dist.get_rank())))
+    for got in ranks:
+        assert_numbers(got, 2)
+
+
+def test_three_ranks_agree_on_every_number() -> None:
+    ranks = run_ranks(3, lambda: every_function(strided(dist.get_rank())))
+    for got in ranks:
+        assert_numbers(got, 3)
+
+
+def test_the_sum_leaves_its_argument_alone() -> None:
+    def work() -> Tensor:
+        values = torch.ones(3)
+        sum_over(values)
+        return values
+
+    for values in run_ranks(2, work):
+        assert torch.equal(values, torch.ones(3))
+
+
+def test_a_group_is_served_apart_from_the_others() -> None:
+    """Ranks 0, 2 and 1, 3 form groups: nothing crosses from one to the other."""
+
+    def work() -> tuple[Tensor, Tensor, Tensor]:
+        groups = [dist.new_group([0, 2]), dist.new_group([1, 3])]
+        group = groups[dist.get_rank() % 2]
+        mine = torch.tensor([float(dist.get_rank())])
+        return (
+            all_gather_rows(mine, group),
+            sum_over(mine, group),
+            broadcast_from_last(mine.clone(), group),
+        )
+
+    for rank, (rows, total, last) in enumerate(run_ranks(4, work)):
+        first = rank % 2
+        assert rows.tolist() == [first, first + 2]
+        assert total.tolist() == [2 * first + 2]
+        assert last.tolist() == [first + 2]

@@ -1,0 +1,183 @@
+"""A tiny configuration, a task whose rewards always differ, and an RL step that keeps its inputs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemo_apo.config import (
+    Config,
+    EvaluationConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RolloutConfig,
+    RunConfig,
+    UpdateConfig,
+    WarmStartConfig,
+)
+from nemo_apo.core.alpha_schedule import ScheduleState
+from nemo_apo.core.objectives import GroupBatch
+from nemo_apo.parallel import layout as parallel_layout
+from nemo_apo.parallel.layout import Layout
+from nemo_apo.tasks import Prompt, SortTask
+from nemo_apo.trainer.anchors import RememberedWeights
+from nemo_apo.trainer.policy import Policy
+from nemo_apo.trainer.rl_step import RLStep, StepOutcome
+from nemo_apo.trainer.rollouts import Rollouts
+
+TINY_MODEL = ModelConfig(
+    num_layers=2,
+    hidden_size=32,
+    ffn_hidden_size=64,
+    num_attention_heads=4,
+    num_query_groups=2,
+    kv_channels=8,
+    # Wide enough that an untrained model prefers some tokens to others.
+    init_method_std=0.2,
+)
+
+
+@dataclass(frozen=True)
+class TokenSumTask(SortTask):
+    """Sorting's prompts with a reward that a random policy gets, too: its token ids modulo 7."""
+
+    length: int = 4
+
+    def grade(self, prompt: Prompt, completion: list[int]) -> float:
+        return sum(completion) % 7 / 7.0
+
+
+@dataclass(frozen=True)
+class EqualRewardTask(SortTask):
+    """Every completion is worth the same."""
+
+    length: int = 4
+    worth: float = 0.7
+
+    def grade(self, prompt: Prompt, completion: list[int]) -> float:
+        return self.worth
+
+
+def tiny_config(**sections: Any) -> Config:
+    """A configuration of a few small sequences; sections may be replaced."""
+    config = Config(
+        run=RunConfig(
+            name="tiny",
+            steps=2,
+            save_every=0,
+            console="off",
+            tensorboard=False,
+            report=False,
+        ),
+        task=TokenSumTask(),
+        model=TINY_MODEL,
+        rollout=RolloutConfig(prompts=4, group_size=4, micro_batch_size=16),
+        update=UpdateConfig(
+            mini_batches=2, epochs=1, micro_batch_size=4, log_prob_micro_batch_size=8
+        ),
+        # A large epsilon: with Adam's usual 1e-8, a gradient that is rounding error alone would
+        # move its weight by a whole learning rate, and no two layouts could agree.
+        optimizer=OptimizerConfig(lr=1e-3, adam_eps=1e-4),
+        warm_start=WarmStartConfig(steps=0),
+        evaluation=EvaluationConfig(every=100, prompts=8, pass_prompts=4, pass_k=2),
+    )
+    return replace(config, **sections)
+
+
+def build_policy(config: Config, layout: Layout) -> Policy:
+    """The policy of a configuration."""
+    task = config.task
+    return Policy(
+        config.model,
+        config.optimizer,
+        layout,
+        task.vocab_size,
+        task.max_prompt_length + task.max_response_length,
+        config.rollout.temperature,
+        config.run.seed,
+    )
+
+
+class WatchedStep(RLStep):
+    """An RL step that keeps what it sampled and what it weighed."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.drawn: list[Rollouts] = []
+        self.read: list[Rollouts] = []
+        self.batches: list[GroupBatch] = []
+
+    def _draw(self, step: int, again: int, count: int) -> Rollouts:
+        self.drawn.append(super()._draw(step, again, count))
+        return self.drawn[-1]
+
+    def _group_batch(self, rollouts: Rollouts) -> GroupBatch:
+        self.read.append(rollouts)
+        self.batches.append(super()._group_batch(rollouts))
+        return self.batches[-1]
+
+
+@dataclass
+class Training:
+    """A policy on this rank with all that belongs to it; ``run`` does RL steps from the start."""
+
+    config: Config
+    layout: Layout
+    policy: Policy
+    remembered: RememberedWeights
+    worker: WatchedStep
+
+    def run(self, steps: int = 1) -> list[StepOutcome]:
+        """RL steps from the start, as the loop does them."""
+        state, done, in_a_row = ScheduleState(), 0, 0
+        outcomes = []
+        for step in range(steps):
+            outcome = self.worker.run(step, state, done, in_a_row)
+            outcomes.append(outcome)
+            state, in_a_row = outcome.schedule_state, outcome.skipped_in_a_row
+            done += outcome.optimizer_steps
+            self.remembered.advance(self.policy, self.config.anchor, step + 1)
+        return outcomes
+
+    def one(self) -> StepOutcome:
+        """The first RL step."""
+        return self.run()[0]
+
+    def weights(self) -> dict[str, Tensor]:
+        """The whole model by name, whatever the layout."""
+        module = self.policy.refit_sampler()
+        return {name: value.detach().clone() for name, value in module.named_parameters()}
+
+
+def begin(
+    config: Config, layout: Layout | None = None, step_class: type[WatchedStep] = WatchedStep
+) -> Training:
+    """Build everything on this rank; ``layout`` None starts megatron's groups as well."""
+    if layout is None:
+        layout = parallel_layout.initialize(config.parallel, config.run.seed)
+    policy = build_policy(config, layout)
+    needs_reference = config.regularizers.needs_reference or config.update.monitor_reference_kl
+    remembered = RememberedWeights.at_start(policy, config.anchor, needs_reference)
+    worker = step_class(policy, config, config.task, remembered)
+    return Training(config, layout, policy, remembered, worker)
+
+
+def parallel(tensor: int, pipeline: int) -> ParallelConfig:
+    """Tensor- and pipeline-parallel sizes over gloo."""
+    return ParallelConfig(
+        tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline, backend="gloo"
+    )
+
+
+def largest_gap(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    """Largest absolute difference between weights of the same name."""
+    assert one.keys() == other.keys()
+    return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+
+def bits_equal(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
+    """Whether all tensors are the same to the last bit."""
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
