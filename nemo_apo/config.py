@@ -26,6 +26,7 @@ class ConfigError(ValueError):
 IF_EXISTS_RULES = ("error", "overwrite", "resume")
 CONSOLES = ("auto", "plain", "off")
 BACKENDS = ("auto", "gloo", "nccl")
+LR_DECAY_STYLES = ("constant", "linear", "cosine")
 
 
 def require(holds: bool, key: str, value: object, rule: str) -> None:
@@ -181,17 +182,19 @@ class UpdateConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW of the RL phase, constant learning rate after a linear warm-up.
+    """AdamW of the RL phase.
 
     Attributes:
-        lr: learning rate.
+        lr: peak learning rate.
         lr_warmup_steps: optimizer steps of linear warm-up.
+        lr_decay_style: "constant", or "linear" or "cosine" towards 0 over the run's RL steps.
         adam_beta1, adam_beta2, adam_eps, weight_decay: AdamW.
         clip_grad: bound on the global gradient norm; 0 is off.
     """
 
     lr: float = 2e-4
     lr_warmup_steps: int = 0
+    lr_decay_style: str = "linear"
     adam_beta1: float = 0.9
     adam_beta2: float = 0.95
     adam_eps: float = 1e-8
@@ -437,6 +440,7 @@ def _check_optimizer(optimizer: OptimizerConfig) -> None:
     _positive("optimizer", optimizer, "lr", "adam_eps")
     _non_negative("optimizer", optimizer, "weight_decay", "clip_grad")
     _at_least("optimizer", optimizer, 0, "lr_warmup_steps")
+    _one_of("optimizer.lr_decay_style", optimizer.lr_decay_style, LR_DECAY_STYLES)
     for key in ("adam_beta1", "adam_beta2"):
         value = getattr(optimizer, key)
         require(0.0 <= value < 1.0, f"optimizer.{key}", value, "must lie in [0, 1)")

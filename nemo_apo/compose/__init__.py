@@ -6,7 +6,9 @@ checked against the dataclasses of ``nemo_apo.config``, which are the schema. Wh
 with what a person wrote is a ``ConfigError`` with one message.
 """
 
+import copy
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -69,12 +71,22 @@ def to_yaml(config: Config) -> str:
 
 def _compose_files(options: Mapping[str, str], config_dir: Path | None) -> dict[str, Any]:
     """What Hydra makes of ``config.yaml`` and the chosen options, not yet resolved."""
-    chosen = [f"{group}={option}" for group, option in options.items() if option != NONE]
-    if config_dir is not None:
-        chosen.append(f"hydra.searchpath=['file://{config_dir.resolve()}']")
+    chosen = tuple(f"{group}={option}" for group, option in options.items() if option != NONE)
+    if config_dir is None:
+        return copy.deepcopy(_compose_shipped(chosen))
+    return _hydra_tree((*chosen, f"hydra.searchpath=['file://{config_dir.resolve()}']"))
+
+
+# The shipped files do not change while a process runs, and a study composes hundreds of times.
+@functools.cache
+def _compose_shipped(chosen: tuple[str, ...]) -> dict[str, Any]:
+    return _hydra_tree(chosen)
+
+
+def _hydra_tree(chosen: tuple[str, ...]) -> dict[str, Any]:
     try:
         with initialize_config_dir(config_dir=str(conf_dir()), version_base="1.3"):
-            tree = OmegaConf.to_container(hydra_compose("config", overrides=chosen))
+            tree = OmegaConf.to_container(hydra_compose("config", overrides=list(chosen)))
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         raise ConfigError(f"{' '.join(chosen)}: {first_line(error)}") from None
     assert isinstance(tree, dict)

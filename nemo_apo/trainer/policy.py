@@ -131,7 +131,10 @@ class Policy:
                 model, layout, padded, max_sequence_length, single_rank_groups()
             )
             # Initial weights come from the replica, so they do not depend on the layout.
-            swap_model_weights(self._replica, self.model.module, self._refit_backend)
+            with _without_tied_copy(self.model.module):
+                swap_model_weights(self._replica, self.model.module, self._refit_backend)
+            # Fills that copy from the first stage; nothing to do where there is none.
+            self.model.module.setup_embeddings_and_output_layer()
         self.set_optimizer(optimizer)
 
     @property
@@ -268,6 +271,23 @@ class Policy:
         totals = sum_over(totals, self.layout.data_group)
         totals = broadcast_from_last(totals, self.layout.pipeline_group)
         return dict(zip(names, totals.cpu(), strict=True))
+
+
+@contextlib.contextmanager
+def _without_tied_copy(stage: GPTModel) -> Iterator[None]:
+    """Hide the copy of tied embeddings that megatron keeps on the last of several stages.
+
+    The replica has no weight of that name, so the refit would not find where it comes from.
+    """
+    if stage.pre_process or not stage.post_process or not stage.share_embeddings_and_output_weights:
+        yield
+        return
+    weight = stage.output_layer.weight
+    stage.output_layer.weight = None
+    try:
+        yield
+    finally:
+        stage.output_layer.weight = weight
 
 
 def _is_finite(value: float) -> bool:

@@ -7,7 +7,9 @@ Every rank holds the same global rollout and takes the same decisions; only forw
 are split. Axes: N sequences, G groups, T tokens (see ``nemo_apo.core`` and ``rollouts``).
 """
 
+import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -33,6 +35,14 @@ from nemo_apo.trainer.step_metrics import (
     schedule_metrics,
     token_mean,
 )
+
+
+# Share of the peak learning rate, by the share of the run that is done.
+DECAYS: dict[str, Callable[[float], float]] = {
+    "constant": lambda progress: 1.0,
+    "linear": lambda progress: 1.0 - progress,
+    "cosine": lambda progress: 0.5 * (1.0 + math.cos(math.pi * progress)),
+}
 
 
 @dataclass(frozen=True)
@@ -109,7 +119,7 @@ class RLStep:
         if objective.uses_alpha:
             metrics |= schedule_metrics(state)
         self._optimize(step, alpha, rollouts, batch, optimizer_steps, tally, watch)
-        last_lr = self._learning_rate(optimizer_steps + max(0, tally.taken - 1))
+        last_lr = self._learning_rate(step, optimizer_steps + max(0, tally.taken - 1))
         return state, metrics | tally.metrics(objective, last_lr) | watch.seconds
 
     def _read(self, rollouts: Rollouts) -> Rollouts:
@@ -220,7 +230,7 @@ class RLStep:
             )
             if index == len(parts) - 1:
                 self._measure_staleness(rollouts, batch, rows, alpha, weighing, tally)
-            lr = self._learning_rate(optimizer_steps + tally.taken)
+            lr = self._learning_rate(step, optimizer_steps + tally.taken)
             watch.time(
                 record.TRAIN_SECONDS,
                 lambda r=rows, w=weighing, x=lr: self._train(rollouts, r, w, x, known_N, tally),
@@ -287,8 +297,10 @@ class RLStep:
             reference_logprobs_BT=known(rollouts.reference_logprobs_NT)[rows] if in_loss else None,
         )
         size = self.config.update.micro_batch_size
-        kept, known_N[rows] = self.policy.accumulate(part, size, self._loss)
+        kept, sums_N = self.policy.accumulate(part, size, self._loss)
         update = self.policy.update(lr, float(kept["loss"]))
+        if not update.skipped:  # else they may be NaN, and stale coefficients would stay so
+            known_N[rows] = sums_N
         tally.note(self.config.objective, weighing, part, kept, update)
 
     def _loss(self, logits_BTv: Tensor, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -312,9 +324,13 @@ class RLStep:
             "logprob_sums": sequence_sums(logprobs_BT.detach(), batch.mask_BT),
         }
 
-    def _learning_rate(self, done: int) -> float:
-        warmup = self.config.optimizer.lr_warmup_steps
-        return self.config.optimizer.lr * min(1.0, (done + 1) / (warmup + 1))
+    def _learning_rate(self, step: int, done: int) -> float:
+        """Learning rate of RL step ``step`` after ``done`` optimizer steps of the run."""
+        optimizer = self.config.optimizer
+        warmup = min(1.0, (done + 1) / (optimizer.lr_warmup_steps + 1))
+        return (
+            optimizer.lr * warmup * DECAYS[optimizer.lr_decay_style](step / self.config.run.steps)
+        )
 
 
 def _select(batch: GroupBatch, rows: Tensor, known_N: Tensor) -> GroupBatch:

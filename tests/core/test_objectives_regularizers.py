@@ -34,8 +34,10 @@ def test_estimators_worked_numbers() -> None:
 
 
 def test_k3_is_accurate_next_to_zero() -> None:
-    # exp(-d) - 1 + d taken literally has no digit left at 1e-6.
-    assert float(k3(torch.tensor(1e-6).double())) == pytest.approx(5e-13, rel=1e-3)
+    # exp(-d) - 1 + d taken literally has no digit left at 1e-8.
+    assert float(k3(torch.tensor(1e-8, dtype=torch.float64))) == pytest.approx(
+        5e-17, rel=1e-6, abs=0.0
+    )
 
 
 @pytest.mark.parametrize("estimator", ["k2", "k3"])

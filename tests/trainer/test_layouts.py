@@ -135,7 +135,16 @@ def every_objective_on_one_rank() -> dict[str, Trace]:
 
 @pytest.mark.parametrize(
     ("tensor", "pipeline", "world_size"),
-    [pytest.param(1, 1, 2, id="DP2"), pytest.param(2, 2, 4, id="TP2xPP2")],
+    [
+        pytest.param(1, 1, 2, id="DP2"),
+        pytest.param(
+            2,
+            2,
+            4,
+            id="TP2xPP2",
+            marks=pytest.mark.slow(reason="nine objectives on four ranks of a small machine"),
+        ),
+    ],
 )
 def test_no_objective_depends_on_the_layout(
     tensor: int, pipeline: int, world_size: int

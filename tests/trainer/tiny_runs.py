@@ -26,6 +26,7 @@ from nemo_apo.tasks import Prompt, SortTask
 from nemo_apo.trainer.anchors import RememberedWeights
 from nemo_apo.trainer.policy import Policy
 from nemo_apo.trainer.rl_step import RLStep, StepOutcome
+from nemo_apo.trainer.rollout_source import RolloutSource
 from nemo_apo.trainer.rollouts import Rollouts
 
 TINY_MODEL = ModelConfig(
@@ -66,7 +67,7 @@ def tiny_config(**sections: Any) -> Config:
     config = Config(
         run=RunConfig(
             name="tiny",
-            steps=2,
+            steps=8,
             save_every=0,
             console="off",
             tensorboard=False,
@@ -101,18 +102,31 @@ def build_policy(config: Config, layout: Layout) -> Policy:
     )
 
 
+class WatchedSource(RolloutSource):
+    """A source of rollouts that keeps them as they were sampled, before any group is dropped."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.drawn: list[Rollouts] = []
+
+    def _sample(self, step: int, again: int, count: int) -> Rollouts:
+        self.drawn.append(super()._sample(step, again, count))
+        return self.drawn[-1]
+
+
 class WatchedStep(RLStep):
     """An RL step that keeps what it sampled and what it weighed."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.drawn: list[Rollouts] = []
+        self.source = WatchedSource(self.policy, self.config, self.task)
         self.read: list[Rollouts] = []
         self.batches: list[GroupBatch] = []
 
-    def _draw(self, step: int, again: int, count: int) -> Rollouts:
-        self.drawn.append(super()._draw(step, again, count))
-        return self.drawn[-1]
+    @property
+    def drawn(self) -> list[Rollouts]:
+        """What was sampled, one entry per round."""
+        return self.source.drawn
 
     def _group_batch(self, rollouts: Rollouts) -> GroupBatch:
         self.read.append(rollouts)
