@@ -34,7 +34,6 @@ ALPHA = "schedule/alpha"
 ALPHA_TARGET = "schedule/target"
 CONFIDENCE = "schedule/confidence"
 IMPROVEMENT = "schedule/improvement"
-SCHEDULE_ESS = "schedule/ess_share"
 
 TOKEN_ENTROPY = "policy/token_entropy"
 ANCHOR_DRIFT = "policy/anchor_drift"
@@ -90,10 +89,9 @@ METRICS: dict[str, MetricInfo] = {
     ALPHA_TARGET: MetricInfo("alpha target"),
     CONFIDENCE: MetricInfo("confidence gate"),
     IMPROVEMENT: MetricInfo("improvement gate"),
-    SCHEDULE_ESS: MetricInfo("effective sample size / P at alpha"),
     TOKEN_ENTROPY: MetricInfo("token entropy", "nats/token"),
     ANCHOR_DRIFT: MetricInfo("anchor drift (std of u)"),
-    ESS_SHARE: MetricInfo("effective sample size / P of p"),
+    ESS_SHARE: MetricInfo("effective sample size / P at alpha"),
     KL_REFERENCE: MetricInfo("KL to the reference", "nats/token"),
     MAX_LOG_RATIO: MetricInfo("largest |log q - log p|", "nats"),
     CLIPPED_SHARE: MetricInfo("clipped share"),

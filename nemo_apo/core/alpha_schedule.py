@@ -27,6 +27,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from nemo_apo.core.effective_sample import effective_sample_share
 from nemo_apo.core.groups import Groups
 
 # RL steps over which the "relative" confidence averages the entropy that it later compares with.
@@ -344,11 +345,8 @@ class EssSchedule:
 
 
 def _ess_share(alpha: float, signals: ScheduleSignals) -> float:
-    """Mean over groups of ESS / P for w = softmax(alpha log q + (1 - alpha) log p)."""
-    groups = signals.groups
-    log_w_N = groups.log_softmax(alpha * signals.log_q_N + (1.0 - alpha) * signals.log_p_N)
-    ess_G = 1.0 / groups.sum(torch.exp(2.0 * log_w_N))
-    return float((ess_G / groups.sizes_G).mean())
+    share = effective_sample_share(signals.log_q_N, signals.log_p_N, signals.groups, alpha)
+    return float(share)
 
 
 SCHEDULES: dict[str, type] = {

@@ -1,7 +1,7 @@
 """Figures of one RL step that show trouble, and the failure signatures read off them.
 
 The signatures are those of the APO paper (arXiv 2512.22953), the thresholds ours. A finding is
-advice to a person; nothing in training depends on it. Axes: N sequences, G groups.
+advice to a person; nothing in training depends on it. Axes: N sequences.
 """
 
 import dataclasses
@@ -11,14 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-from nemo_apo.core.groups import Groups
-
-
-def effective_sample_share(log_w_N: Tensor, groups: Groups) -> Tensor:
-    """Mean over groups of 1 / (P sum w^2) for normalised weights w, scalar in (0, 1]."""
-    ess_G = 1.0 / groups.sum(torch.exp(2.0 * log_w_N))
-    return (ess_G / groups.sizes_G).mean()
 
 
 def top_share(coefficients_N: Tensor, share: float = 0.1) -> Tensor:

@@ -86,10 +86,10 @@ PANELS: tuple[Panel, ...] = (
     ),
     Panel(
         "Effective sample size",
-        (record.ESS_SHARE, record.SCHEDULE_ESS),
+        (record.ESS_SHARE,),
         "share of the group",
-        "Near 1 every completion of a group counts alike; near 1/P one completion has all the "
-        "weight.",
+        "Of the weights between policy and target at which alpha stands: near 1 every completion "
+        "of a group counts alike, near 1/P one has all the weight.",
         (0.0, 1.0),
     ),
     Panel(

@@ -36,7 +36,6 @@ from nemo_apo.trainer.step_metrics import (
     token_mean,
 )
 
-
 # Share of the peak learning rate, by the share of the run that is done.
 DECAYS: dict[str, Callable[[float], float]] = {
     "constant": lambda progress: 1.0,
@@ -115,7 +114,7 @@ class RLStep:
         rollouts = watch.time(record.LOGPROB_SECONDS, lambda: self._read(rollouts))
         batch = watch.time(record.WEIGH_SECONDS, lambda: self._group_batch(rollouts))
         alpha, state = self._schedule(step, state, rollouts, batch)
-        metrics = rollout_metrics(objective, rollouts, batch)
+        metrics = rollout_metrics(objective, alpha, rollouts, batch)
         if objective.uses_alpha:
             metrics |= schedule_metrics(state)
         self._optimize(step, alpha, rollouts, batch, optimizer_steps, tally, watch)

@@ -11,7 +11,8 @@ from torch import Tensor
 from nemo_apo import record
 from nemo_apo.core.alpha_schedule import ScheduleState
 from nemo_apo.core.anchoring import sequence_sums
-from nemo_apo.core.diagnostics import effective_sample_share, top_share
+from nemo_apo.core.diagnostics import top_share
+from nemo_apo.core.effective_sample import effective_sample_share
 from nemo_apo.core.objectives import Apo, GroupBatch, Objective, Weighing
 from nemo_apo.core.objectives.regularizers import k3
 from nemo_apo.trainer.policy import MicroBatch, Update
@@ -106,7 +107,7 @@ class Tally:
 
 
 def rollout_metrics(
-    objective: Objective, rollouts: Rollouts, batch: GroupBatch
+    objective: Objective, alpha: float, rollouts: Rollouts, batch: GroupBatch
 ) -> dict[str, float]:
     """What the rollout shows before any update."""
     groups = batch.groups
@@ -120,8 +121,8 @@ def rollout_metrics(
         delta_NT = known(rollouts.old_logprobs_NT) - rollouts.reference_logprobs_NT
         metrics[record.KL_REFERENCE] = token_mean(k3(delta_NT), rollouts.mask_NT)
     if isinstance(objective, Apo):
-        _, log_p_N = objective.log_target_and_policy(batch)
-        metrics[record.ESS_SHARE] = float(effective_sample_share(log_p_N, groups))
+        log_q_N, log_p_N = objective.log_target_and_policy(batch)
+        metrics[record.ESS_SHARE] = float(effective_sample_share(log_q_N, log_p_N, groups, alpha))
     if objective.uses_anchor:
         metrics[record.TAU_MEAN] = float(batch.tau_N.mean())
     return metrics
@@ -134,7 +135,6 @@ def schedule_metrics(state: ScheduleState) -> dict[str, float]:
         record.ALPHA_TARGET: state.target,
         record.CONFIDENCE: state.confidence,
         record.IMPROVEMENT: state.improvement,
-        record.SCHEDULE_ESS: state.ess_share,
     }
     return {name: value for name, value in named.items() if value is not None}
 

@@ -12,11 +12,9 @@ from nemo_apo.core.diagnostics import (
     Finding,
     StepFigures,
     Thresholds,
-    effective_sample_share,
     observe,
     top_share,
 )
-from nemo_apo.core.groups import Groups
 
 WINDOW = 20
 THRESHOLDS = Thresholds(window=WINDOW)
@@ -161,13 +159,6 @@ def test_top_share_worked_numbers() -> None:
     assert float(top_share(coefficients_N)) == pytest.approx(10.0 / 19.0)
     assert float(top_share(torch.tensor([1.0, -3.0]).double())) == 0.75
     assert float(top_share(torch.zeros(5, dtype=torch.float64))) == 0.0
-
-
-def test_effective_sample_share_worked_numbers() -> None:
-    # 1 for uniform weights, 1 / 3 where one of three has it all: 2/3 on average.
-    groups = Groups.from_ids(torch.tensor([0, 0, 1, 1, 1]))
-    log_w_N = groups.log_softmax(torch.tensor([0.0, 0.0, 900.0, 0.0, 0.0]).double())
-    assert float(effective_sample_share(log_w_N, groups)) == pytest.approx(2.0 / 3.0)
 
 
 @pytest.mark.parametrize(

@@ -119,6 +119,7 @@ def test_ratio_clip_bounds_the_coefficients_and_reports_its_share() -> None:
     # |t_i| <= 5 p_i, so |dD/du_i| <= 10; log q - log p is (-4.1, 897.9, 1799.9).
     assert weighing.columns.coefficient_N.abs().max() <= 10.0 / 0.8
     assert weighing.clipped_N.tolist() == [False, True, True]
+    assert replace(APO, ratio_clip=4.0).weigh(batch, 0.0).clipped_N.tolist() == [True] * 3
     assert APO.weigh(batch, 0.0).columns.coefficient_N.isfinite().all()
 
 
