@@ -14,6 +14,7 @@ from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
 from nemo_apo.config import Config, ConfigError
 from nemo_apo.core.alpha_schedule import ScheduleState
@@ -92,7 +93,19 @@ def _sharded(policy: Policy, remembered: RememberedWeights, is_loading: bool) ->
         weights = getattr(remembered, role)
         if weights is not None:
             with policy.holding(weights):
-                state[role] = module.sharded_state_dict(prefix=f"{role}.")
+                state[role] = _as_held(module.sharded_state_dict(prefix=f"{role}."))
+    return state
+
+
+def _as_held(state: dict[str, Any]) -> dict[str, Any]:
+    """The entries with the values that the parameters hold now.
+
+    megatron's entries refer to the parameters themselves, which get the trained weights back
+    before anything is written or read.
+    """
+    for entry in state.values():
+        if isinstance(entry, ShardedTensor | ShardedTensorFactory):
+            entry.data = entry.data.detach()
     return state
 
 

@@ -6,7 +6,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nemo_apo.core.objectives import OBJECTIVES, Columns, Regularizers, TokenInputs
+from nemo_apo.core.objectives import (
+    OBJECTIVES,
+    AdpoRanking,
+    ClippedRatio,
+    Columns,
+    Regularizers,
+    TokenInputs,
+)
 from nemo_apo.core.objectives.interface import AGGREGATIONS, token_weights
 
 from .toy_policy import group_batch, hand_batch, make_rollout, random_batch, token_inputs
@@ -169,3 +176,9 @@ def test_float32_log_probs_keep_their_dtype(name: str) -> None:
         exact = OBJECTIVES[name].token_loss(inputs, columns) + terms.token_loss(inputs, columns)
         assert loss.dtype == torch.float32
         assert float(loss) == pytest.approx(float(exact), rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("objective", [AdpoRanking, ClippedRatio])
+def test_a_shared_class_refuses_a_name_that_is_not_its_own(objective: type) -> None:
+    with pytest.raises(ValueError, match=r"objective\.name must be one of .*'gspo'"):
+        objective(name="gspo")

@@ -1,7 +1,6 @@
 """APO learns: what imitation of a faulty teacher cannot give, a reward can."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest

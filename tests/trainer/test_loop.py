@@ -82,9 +82,8 @@ def test_training_stops_when_nothing_is_finite_any_more(tmp_path: Path) -> None:
         RLStep._loss = loss  # type: ignore[method-assign]
         loop.run(config)
 
-    with pytest.raises(
-        RankFailure, match=r"TrainingStopped: 4 optimizer steps in a row were skipped(.|\n)*RL step 2"
-    ):
+    told = r"TrainingStopped: 4 optimizer steps in a row were skipped(.|\n)*RL step 2"
+    with pytest.raises(RankFailure, match=told):
         run_ranks(1, diverged)
     lines = (tmp_path / "run" / record.METRICS_FILE).read_text().splitlines()
     assert [json.loads(line).get(record.SKIPPED_STEPS) for line in lines] == [None, 2, 2]

@@ -29,8 +29,10 @@ from tests.parallel.ranks import RankFailure, run_ranks
 from .tiny_runs import begin, bits_equal, parallel, tiny_config
 
 STEPS, STOP = 6, 3
+# Gates that open within six steps, so that alpha's memory matters.
+LIVELY = GuardedSchedule(confidence="token", rho=0.5, rho_r=0.5)
 VARIANTS = {
-    "guarded alpha, old anchor": tiny_config(),
+    "guarded alpha, old anchor": tiny_config(schedule=LIVELY),
     "moving average as anchor": tiny_config(anchor=AnchorConfig(name="ema", decay=0.6)),
     "lagged anchor, ess alpha": tiny_config(
         # Refreshed at step 2, so that the anchor at the stop is neither start nor policy.
@@ -120,8 +122,9 @@ def test_a_resumed_run_is_the_uninterrupted_run(variant: str, tmp_path: Path) ->
     assert not (tmp_path / "parts" / record.SUMMARY_FILE).exists()
     # The run was killed after two more steps, in the middle of writing a third.
     path = tmp_path / "parts" / record.METRICS_FILE
+    lost = ['{"step": 4, "reward/mean": 99.0}', '{"step": 5, "reward/mean": 99.0}', '{"step": 6, "r']
     with path.open("a") as file:
-        file.write('{"step": 4, "reward/mean": 99.0}\n{"step": 5, "reward/mean": 99.0}\n{"step": 6, "rew')
+        file.write("\n".join(lost))
     resumed = prepared(config, tmp_path, "parts", if_exists="resume")
     train(resumed)
 
@@ -166,7 +169,8 @@ def test_resuming_with_another_algorithm_is_refused(
 ) -> None:
     config, root = stopped
     other = replace(prepared(config, root, "stopped", if_exists="resume"), **change)
-    with pytest.raises(RankFailure, match=rf"CheckpointError: cannot resume from .*: {section} was"):
+    refusal = rf"CheckpointError: cannot resume from .*: {section} was"
+    with pytest.raises(RankFailure, match=refusal):
         train(other)
 
 

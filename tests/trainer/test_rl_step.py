@@ -23,8 +23,8 @@ from tests.parallel.ranks import run_ranks
 
 from .tiny_runs import (
     EqualRewardTask,
-    Training,
     TokenSumTask,
+    Training,
     WatchedStep,
     begin,
     bits_equal,
@@ -152,7 +152,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(kind: str) -> 
         fourth = worker.run(3, third.schedule_state, 1, third.skipped_in_a_row)
         assert (fourth.optimizer_steps, fourth.skipped_in_a_row) == (1, 0)
         assert math.isfinite(fourth.metrics[record.GRAD_NORM])
-        assert not bits_equal(training.policy.copy_weights(), before[: len(worker.policy.parameters())])
+        assert not bits_equal(state_of(training), before)
 
     on_one_rank(work)
 
@@ -248,7 +248,8 @@ def test_a_rollout_without_any_group_left_changes_nothing_but_finishes(
         assert (outcome.optimizer_steps, outcome.skipped) == (0, 0)
         assert outcome.samples == 4 * rollout.group_size
         assert bits_equal(training.policy.copy_weights(), before)
-        assert outcome.schedule_state == ScheduleState(), "the schedule saw a rollout that was not used"
+        # The schedule did not see a rollout that was not used.
+        assert outcome.schedule_state == ScheduleState()
 
     on_one_rank(work)
 

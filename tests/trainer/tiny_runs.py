@@ -1,4 +1,4 @@
-"""A tiny configuration, a task whose rewards always differ, and an RL step that keeps its inputs."""
+"""A tiny configuration, tasks that reward even a random policy, and an RL step that is watched."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

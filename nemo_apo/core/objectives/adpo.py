@@ -28,6 +28,7 @@ from nemo_apo.core.objectives.interface import (
     GroupBatch,
     TokenInputs,
     Weighing,
+    check_choice,
     check_positive,
     linear_token_loss,
     no_clipped_tokens,
@@ -125,6 +126,7 @@ class AdpoRanking:
     refresh: str = "forward"
 
     def __post_init__(self) -> None:
+        check_choice("name", self.name, RANKING_LOSSES)
         check_anchored(self.advantages, self.logprob_reduction, self.no_signal, self.refresh)
 
     def weigh(self, batch: GroupBatch, alpha: float) -> Weighing:

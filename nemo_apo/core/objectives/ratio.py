@@ -94,6 +94,7 @@ class ClippedRatio:
     clip_high: float = 0.2
 
     def __post_init__(self) -> None:
+        check_choice("name", self.name, ("grpo", "dr_grpo", "dapo"))
         check_choice("advantages", self.advantages, tuple(ADVANTAGES))
         check_choice("aggregation", self.aggregation, tuple(AGGREGATIONS))
         _check_clip(self.clip_low, self.clip_high)
