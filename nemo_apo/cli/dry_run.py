@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from nemo_apo.config import Config, ModelConfig
+from nemo_apo.config import Config, ModelConfig, padded_vocab_size
 from nemo_apo.record import CONFIG_FILE
 
 
@@ -62,8 +62,7 @@ def _warm_start(config: Config) -> str:
 def parameter_count(config: Config) -> int:
     """Parameters of the whole model, padded vocabulary included."""
     model = config.model
-    step = model.make_vocab_size_divisible_by
-    vocab_size = -(-config.task.vocab_size // step) * step
+    vocab_size = padded_vocab_size(config.task.vocab_size, model)
     matrices = 1 if model.tied_embeddings else 2
     outside = matrices * vocab_size * model.hidden_size + model.hidden_size
     return outside + model.num_layers * _layer_parameters(model)

@@ -1,5 +1,6 @@
 """Numbers that meet between ranks: right for one rank, for several, and for strided tensors."""
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -17,11 +18,27 @@ from .ranks import run_ranks
 CPU = torch.device("cpu")
 
 
-def strided(rank: int) -> Tensor:
-    """A transposed view [4, 3] whose numbers tell the rank."""
-    values = (torch.arange(12.0).reshape(3, 4) + 100.0 * rank).t()
-    assert not values.is_contiguous()
-    return values
+def numbers(rank: int) -> Tensor:
+    """A matrix [4, 3] whose numbers tell the rank."""
+    return (torch.arange(12.0).reshape(3, 4) + 100.0 * rank).t().contiguous()
+
+
+def transposed(rank: int) -> Tensor:
+    """The same numbers, column by column in memory."""
+    return numbers(rank).t().contiguous().t()
+
+
+def sliced(rank: int) -> Tensor:
+    """The same numbers, with gaps between them in memory."""
+    return numbers(rank).repeat_interleave(2, dim=1)[:, ::2]
+
+
+def transposed_on_the_last(rank: int) -> Tensor:
+    """Ranks that do not even agree on the order in memory."""
+    return transposed(rank) if rank == dist.get_world_size() - 1 else numbers(rank)
+
+
+LAYOUTS = (numbers, transposed, sliced, transposed_on_the_last)
 
 
 def every_function(values: Tensor) -> dict[str, object]:
@@ -29,8 +46,7 @@ def every_function(values: Tensor) -> dict[str, object]:
     return {
         "rows": all_gather_rows(values),
         "sum": sum_over(values),
-        "last": broadcast_from_last(values.clone(), dist.group.WORLD),
-        "last strided": broadcast_from_last(values, dist.group.WORLD),
+        "last": broadcast_from_last(values, dist.group.WORLD),  # after the others: in place
         "objects": all_gather_objects({"rank": rank}),
         "all yes": all_true(True, CPU),
         "all no": all_true(False, CPU),
@@ -40,12 +56,11 @@ def every_function(values: Tensor) -> dict[str, object]:
 
 
 def assert_numbers(got: dict[str, object], world_size: int) -> None:
-    of_rank = [strided(rank) for rank in range(world_size)]
+    of_rank = [numbers(rank) for rank in range(world_size)]
     for name, wanted in {
         "rows": torch.cat(of_rank),
         "sum": torch.stack(of_rank).sum(dim=0),
         "last": of_rank[-1],
-        "last strided": of_rank[-1],
     }.items():
         actual = got[name]
         assert isinstance(actual, Tensor)
@@ -55,21 +70,14 @@ def assert_numbers(got: dict[str, object], world_size: int) -> None:
     assert votes == {"all yes": True, "all no": False, "first no": False, "last no": False}
 
 
-def test_one_rank() -> None:
-    (got,) = run_ranks(1, lambda: every_function(strided(dist.get_rank())))
-    assert_numbers(got, 1)
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_ranks_agree_on_every_number_whatever_its_place_in_memory(world_size: int) -> None:
+    def work() -> list[dict[str, object]]:
+        return [every_function(layout(dist.get_rank())) for layout in LAYOUTS]
 
-
-def test_two_ranks_agree_on_every_number() -> None:
-    ranks = run_ranks(2, lambda: every_function(strided(dist.get_rank())))
-    for got in ranks:
-        assert_numbers(got, 2)
-
-
-def test_three_ranks_agree_on_every_number() -> None:
-    ranks = run_ranks(3, lambda: every_function(strided(dist.get_rank())))
-    for got in ranks:
-        assert_numbers(got, 3)
+    for rank in run_ranks(world_size, work):
+        for got in rank:
+            assert_numbers(got, world_size)
 
 
 def test_the_sum_leaves_its_argument_alone() -> None:

@@ -1,4 +1,4 @@
-"""The sort task: rewards by hand, the teacher's habits, and a held-out fifth that stays held out."""
+"""The sort task: rewards by hand, the teacher's habits, a held-out fifth that stays held out."""
 
 import subprocess
 import sys

@@ -122,7 +122,7 @@ def test_a_resumed_run_is_the_uninterrupted_run(variant: str, tmp_path: Path) ->
     assert not (tmp_path / "parts" / record.SUMMARY_FILE).exists()
     # The run was killed after two more steps, in the middle of writing a third.
     path = tmp_path / "parts" / record.METRICS_FILE
-    lost = ['{"step": 4, "reward/mean": 99.0}', '{"step": 5, "reward/mean": 99.0}', '{"step": 6, "r']
+    lost = ['{"step": 4, "reward/mean": 99.0}', '{"step": 5, "reward/mean": 99.0}', '{"step": 6, "']
     with path.open("a") as file:
         file.write("\n".join(lost))
     resumed = prepared(config, tmp_path, "parts", if_exists="resume")
