@@ -16,6 +16,7 @@ from .tiny_runs import TINY_MODEL, begin, bits_equal, largest_gap, parallel, tin
 
 # What float32 sums in another order may change, far below what an optimizer step changes (> 1e-4).
 WEIGHT_TOLERANCE = 2e-6
+FOUR_RANKS = pytest.mark.slow(reason="four ranks on the two cores of a small machine")
 EXACT_FIGURES = (record.REWARD_MEAN, record.TOKEN_ENTROPY, record.ALPHA, record.TAU_MEAN)
 
 
@@ -84,7 +85,7 @@ TIED = replace(BASE, model=replace(TINY_MODEL, tied_embeddings=True))
         pytest.param(BASE, 1, 2, 2, id="PP2"),
         pytest.param(BASE, 1, 1, 2, id="DP2"),
         pytest.param(BASE, 2, 2, 4, id="TP2xPP2"),
-        pytest.param(BASE, 1, 2, 4, id="PP2xDP2"),
+        pytest.param(BASE, 1, 2, 4, id="PP2xDP2", marks=FOUR_RANKS),
         pytest.param(CUT_GROUPS, 1, 1, 2, id="DP2, groups cut"),
         pytest.param(TIED, 1, 2, 2, id="PP2, tied embeddings"),
         pytest.param(TIED, 2, 1, 2, id="TP2, tied embeddings"),
@@ -142,7 +143,7 @@ def every_objective_on_one_rank() -> dict[str, Trace]:
             2,
             4,
             id="TP2xPP2",
-            marks=pytest.mark.slow(reason="nine objectives on four ranks of a small machine"),
+            marks=FOUR_RANKS,
         ),
     ],
 )
