@@ -46,7 +46,8 @@ class RunConfig:
         steps: RL steps.
         if_exists: "error", "overwrite" or "resume" where the folder already holds a run.
         dry_run: check and print, train nothing.
-        save_every: RL steps between checkpoints; 0 saves none (but ``stop_after`` still does).
+        save_every: RL steps between checkpoints, the last step included; 0 saves none (but
+            ``stop_after`` still does).
         stop_after: stop (and save) after this RL step, to be resumed later; null runs to the end.
         threads: CPU threads per rank; null shares the machine's cores among its ranks (the tiny
             model is fastest on one).

@@ -4,13 +4,16 @@ A frozen copy is kept where something reads it and nowhere else. Anchor kinds ar
 ``nemo_apo.core.anchoring.ANCHORS``; "old" needs no copy, its log-probs are those of the rollout.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from nemo_apo.config import AnchorConfig
 from nemo_apo.trainer.policy import Policy
+
+# The fields of RememberedWeights, as they are named in a checkpoint.
+ROLES = ("reference", "anchor")
 
 
 @dataclass
@@ -24,7 +27,6 @@ class RememberedWeights:
 
     reference: list[Tensor] | None = None
     anchor: list[Tensor] | None = None
-    roles: tuple[str, ...] = field(default=("reference", "anchor"), repr=False)
 
     @classmethod
     def at_start(

@@ -19,7 +19,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from nemo_apo.config import Config, ConfigError
 from nemo_apo.core.alpha_schedule import ScheduleState
 from nemo_apo.core.diagnostics import DiagnosticsState
-from nemo_apo.trainer.anchors import RememberedWeights
+from nemo_apo.trainer.anchors import ROLES, RememberedWeights
 from nemo_apo.trainer.policy import Policy
 
 STATE_FILE = "trainer_state.json"
@@ -89,7 +89,7 @@ def _sharded(policy: Policy, remembered: RememberedWeights, is_loading: bool) ->
         "model": model,
         "optimizer": policy.optimizer.sharded_state_dict(model, is_loading=is_loading),
     }
-    for role in ("reference", "anchor"):
+    for role in ROLES:
         weights = getattr(remembered, role)
         if weights is not None:
             with policy.holding(weights):
@@ -128,6 +128,7 @@ def save(
             "format": _FORMAT,
             "state": state.state_dict(),
             "config": _fixed_config(config),
+            "remembered": _roles(remembered),
         }
         (partial / STATE_FILE).write_text(json.dumps(content, indent=1))
         partial.rename(folder)
@@ -174,10 +175,16 @@ def load(
     if content["format"] != _FORMAT:
         raise CheckpointError(f"{folder} has format {content['format']}, expected {_FORMAT}")
     _check_config(folder, content["config"], _fixed_config(config))
+    if content["remembered"] != _roles(remembered):
+        raise CheckpointError(
+            f"cannot resume from {folder}: it remembers the weights of {content['remembered']}, "
+            f"this configuration needs {_roles(remembered)} (update.monitor_reference_kl, "
+            "regularizers.kl_coef)"
+        )
     loaded = dist_checkpointing.load(_sharded(policy, remembered, is_loading=True), str(folder))
     policy.model.module.load_state_dict(loaded["model"])
     policy.optimizer.load_state_dict(loaded["optimizer"])
-    for role in ("reference", "anchor"):
+    for role in ROLES:
         weights = getattr(remembered, role)
         if weights is not None:
             prefix = f"{role}."
@@ -185,6 +192,10 @@ def load(
             with policy.holding(weights):
                 policy.model.module.load_state_dict(values)
     return TrainerState.from_state_dict(content["state"])
+
+
+def _roles(remembered: RememberedWeights) -> list[str]:
+    return [role for role in ROLES if getattr(remembered, role) is not None]
 
 
 def _fixed_config(config: Config) -> dict[str, Any]:

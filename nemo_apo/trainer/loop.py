@@ -249,8 +249,9 @@ class _Run:
             )
 
     def _saves_at(self, step: int) -> bool:
-        every = self.config.run.save_every
-        return (every > 0 and step % every == 0) or step == self.config.run.stop_after
+        run = self.config.run
+        due = run.save_every > 0 and (step % run.save_every == 0 or step == run.steps)
+        return due or step == run.stop_after
 
     def _save(self, state: TrainerState, remembered: RememberedWeights) -> None:
         state = replace(state, wall_s=self.wall_s)
