@@ -100,9 +100,7 @@ def _wait(ranks: list[BaseProcess], timeout_s: float) -> bool:
     return True
 
 
-def _what_failed(
-    folder: Path, ranks: list[BaseProcess], in_time: bool, timeout_s: float
-) -> str:
+def _what_failed(folder: Path, ranks: list[BaseProcess], in_time: bool, timeout_s: float) -> str:
     """The traceback of the rank that failed first: the others only lost their peer."""
     tracebacks = sorted(folder.glob("*.traceback"), key=lambda path: path.stat().st_mtime_ns)
     if tracebacks:

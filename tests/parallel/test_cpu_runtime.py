@@ -31,9 +31,7 @@ def test_a_refused_install_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(cpu_runtime, "_installed", False)
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "9.9.9")
     applied: list[str] = []
-    monkeypatch.setattr(
-        cpu_runtime, "PATCHES", ((lambda: applied.append("a patch"), "a reason"),)
-    )
+    monkeypatch.setattr(cpu_runtime, "PATCHES", ((lambda: applied.append("a patch"), "a reason"),))
     with pytest.raises(cpu_runtime.UntestedMegatronError, match=r"9\.9\.9"):
         cpu_runtime.install()
     assert applied == []

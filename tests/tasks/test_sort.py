@@ -105,8 +105,13 @@ def test_the_two_modes_teacher_answers_in_descending_order_most_of_the_time() ->
 
 
 def test_a_fifth_is_held_out_and_never_trained_on() -> None:
-    every = [f"{a}{b}{c}{d}" for a in range(1, 10) for b in range(1, 10)
-             for c in range(1, 10) for d in range(1, 10)]
+    every = [
+        f"{a}{b}{c}{d}"
+        for a in range(1, 10)
+        for b in range(1, 10)
+        for c in range(1, 10)
+        for d in range(1, 10)
+    ]
     held_out = {digits for digits in every if is_held_out(digits)}
     assert len(held_out) / len(every) == pytest.approx(0.2, abs=0.02)
     task = SortTask(length=4)

@@ -147,9 +147,7 @@ def every_objective_on_one_rank() -> dict[str, Trace]:
         ),
     ],
 )
-def test_no_objective_depends_on_the_layout(
-    tensor: int, pipeline: int, world_size: int
-) -> None:
+def test_no_objective_depends_on_the_layout(tensor: int, pipeline: int, world_size: int) -> None:
     wanted = every_objective_on_one_rank()
     assert set(wanted) == set(OBJECTIVES) - {"apo"}
     for traces in run_ranks(world_size, all_objectives, tensor, pipeline):

@@ -211,9 +211,7 @@ def test_all_ranks_skip_when_one_has_to(
 def test_equal_rewards_give_no_gradient_under_any_objective() -> None:
     def work(layout: Layout) -> None:
         for name, objective in OBJECTIVES.items():
-            config = tiny_config(
-                task=EqualRewardTask(), objective=objective, update=ONE_UPDATE
-            )
+            config = tiny_config(task=EqualRewardTask(), objective=objective, update=ONE_UPDATE)
             training = begin(config, layout)
             outcome = training.one()
             assert outcome.metrics[record.NO_SIGNAL_SHARE] == 1.0, name
@@ -306,9 +304,11 @@ def test_resampling_replaces_groups_without_signal_and_counts_them() -> None:
         (read,) = training.worker.read
         assert read.count == 32
         # What was good in the first round is kept, in order.
-        good = drawn[0].group_ids_N[::4][
-            drawn[0].rewards_N.reshape(8, 4).std(dim=1, correction=0) > 0
-        ].tolist()
+        good = (
+            drawn[0]
+            .group_ids_N[::4][drawn[0].rewards_N.reshape(8, 4).std(dim=1, correction=0) > 0]
+            .tolist()
+        )
         assert read.group_ids_N.unique().tolist()[: len(good)] == good
         # Different prompts were drawn, not the same ones again.
         first_prompts = {tuple(row[:5].tolist()) for row in drawn[0].tokens_NT}
@@ -332,13 +332,11 @@ def test_stale_coefficients_run_and_differ_after_the_first_optimizer_step() -> N
     def work(layout: Layout) -> None:
         forward, stale = tiny_config(), tiny_config(objective=Apo(refresh="stale"))
         ones = [
-            weights_after(replace(config, update=ONE_UPDATE), layout)
-            for config in (forward, stale)
+            weights_after(replace(config, update=ONE_UPDATE), layout) for config in (forward, stale)
         ]
         assert bits_equal(*ones)
         twos = [
-            weights_after(replace(config, update=TWO_EPOCHS), layout)
-            for config in (forward, stale)
+            weights_after(replace(config, update=TWO_EPOCHS), layout) for config in (forward, stale)
         ]
         assert not bits_equal(*twos)
         refreshed = begin(replace(forward, update=TWO_EPOCHS), layout).one()
@@ -362,9 +360,7 @@ def test_regularizers_run_and_have_an_effect(regularizers: Regularizers) -> None
         config = tiny_config(update=replace(TWO_EPOCHS, monitor_reference_kl=False))
         with_it = replace(config, regularizers=regularizers)
         # The first rollout is the reference's own, where k1 is 0.
-        assert not bits_equal(
-            weights_after(config, layout, 2), weights_after(with_it, layout, 2)
-        )
+        assert not bits_equal(weights_after(config, layout, 2), weights_after(with_it, layout, 2))
 
     on_one_rank(work)
 
@@ -376,13 +372,17 @@ def test_the_k3_penalty_holds_the_policy_back_and_the_bonus_keeps_its_entropy() 
             optimizer=OptimizerConfig(lr=3e-3),
         )
         plain = begin(config, layout).run(4)[-1].metrics
-        held = begin(
-            replace(config, regularizers=Regularizers(kl_coef=20.0)), layout
-        ).run(4)[-1].metrics
+        held = (
+            begin(replace(config, regularizers=Regularizers(kl_coef=20.0)), layout)
+            .run(4)[-1]
+            .metrics
+        )
         assert held[record.KL_REFERENCE] < 0.7 * plain[record.KL_REFERENCE]
-        open_ended = begin(
-            replace(config, regularizers=Regularizers(entropy_coef=5.0)), layout
-        ).run(4)[-1].metrics
+        open_ended = (
+            begin(replace(config, regularizers=Regularizers(entropy_coef=5.0)), layout)
+            .run(4)[-1]
+            .metrics
+        )
         assert open_ended[record.TOKEN_ENTROPY] > plain[record.TOKEN_ENTROPY] + 0.01
 
     on_one_rank(work)
