@@ -77,8 +77,8 @@ def run(config: Config) -> None:
     """Train by the configuration; on return the run's folder is complete.
 
     Raises:
-        ConfigError: if the folder holds a run and ``run.if_exists`` is "error", or there is no
-            checkpoint to resume from where one is needed.
+        ConfigError: if the folder holds a run and ``run.if_exists`` is "error", or its checkpoint
+            belongs to another configuration. With "resume" and no checkpoint the run starts anew.
         TrainingStopped: after too many skipped optimizer steps in a row.
     """
     folder = Path(config.run.root) / config.run.name
