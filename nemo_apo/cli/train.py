@@ -3,10 +3,18 @@
 import argparse
 import importlib.util
 import os
+import warnings
 
 from nemo_apo.cli.dry_run import plan
 from nemo_apo.cli.overrides import add_config_arguments, composed
 from nemo_apo.config import ConfigError, RunConfig, validate
+
+# How the warnings start that are about what this trainer chose on purpose.
+_FALLBACKS = (
+    "Transformer Engine and Apex are not installed",
+    "Apex is not installed",
+    "full scope is deprecated",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,6 +37,7 @@ def main(arguments: argparse.Namespace) -> None:
         if first:
             print(plan(config, ranks))
         return
+    _ignore_fallback_warnings()
     _require_packages(config.run)
     from nemo_apo.trainer.loop import TrainingStopped, run
 
@@ -36,6 +45,15 @@ def main(arguments: argparse.Namespace) -> None:
         run(config)
     except TrainingStopped as stopped:
         raise SystemExit(f"nemo-apo: {stopped}" if first else 1) from None
+
+
+def _ignore_fallback_warnings() -> None:
+    """megatron-core says at import, several times over, what it uses without Apex and TE.
+
+    The embedded trainer chooses those fallbacks itself, and the README states it.
+    """
+    for message in _FALLBACKS:
+        warnings.filterwarnings("ignore", message=message, category=UserWarning)
 
 
 def world_size() -> int:
