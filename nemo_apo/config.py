@@ -112,7 +112,7 @@ class ParallelConfig:
 
     Attributes:
         tensor_model_parallel_size, pipeline_model_parallel_size: sizes.
-        backend: "auto" (NCCL where every rank has a GPU, gloo otherwise), "gloo" or "nccl".
+        backend: "auto" (NCCL where CUDA is available, gloo otherwise), "gloo" or "nccl".
         timeout_minutes: of any collective; a rank that waits longer ends the job.
     """
 

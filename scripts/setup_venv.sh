@@ -88,10 +88,10 @@ install_venv() {
 make_venv() {
     local python=$1
     local version='import sys; print(sys.version)'
-    if [[ -x $VENV/bin/python && $("$VENV/bin/python" -c "$version" 2>&1) == \
-        $("$python" -c "$version") ]]; then
-        return
-    fi
+    local wanted found=none
+    wanted=$("$python" -c "$version")
+    [[ ! -x $VENV/bin/python ]] || found=$("$VENV/bin/python" -c "$version" 2>&1) || found=broken
+    [[ "$found" != "$wanted" ]] || return 0
     "$python" -c 'import ensurepip, venv' 2>/dev/null ||
         fail "Python's venv module is missing; on Debian or Ubuntu: apt-get install python3-venv"
     check_space

@@ -53,14 +53,25 @@ def nearest(wrong: str, choices: Collection[str]) -> list[str]:
     """The choices most like what was written, best first; a key's last part may stand alone."""
 
     def likeness(choice: str) -> float:
-        whole = difflib.SequenceMatcher(None, wrong, choice).ratio()
-        last = difflib.SequenceMatcher(None, wrong.split(".")[-1], choice.split(".")[-1]).ratio()
+        last = _alike(wrong.split(".")[-1], choice.split(".")[-1])
         # A match of the last part alone counts a little less than one of the whole key.
-        return max(whole, 0.95 * last)
+        return max(_alike(wrong, choice), _alike_by_parts(wrong, choice), 0.9 * last)
 
     ranked = sorted(((likeness(choice), choice) for choice in choices), key=lambda pair: -pair[0])
     least = max(_LIKENESS, ranked[0][0] - _MARGIN) if ranked else _LIKENESS
     return [choice for score, choice in ranked[:_SUGGESTIONS] if score >= least]
+
+
+def _alike(one: str, other: str) -> float:
+    return difflib.SequenceMatcher(None, one, other).ratio()
+
+
+def _alike_by_parts(wrong: str, choice: str) -> float:
+    """Mean likeness of the parts between dots, so that a short section counts like a long key."""
+    pairs = list(zip(wrong.split("."), choice.split("."), strict=False))
+    if len(pairs) < 2:
+        return 0.0
+    return sum(_alike(one, other) for one, other in pairs) / len(pairs)
 
 
 def suggestion(wrong: str, choices: Collection[str]) -> str:

@@ -30,7 +30,8 @@ class StepFigures:
         no_signal_share: share of groups whose rewards are all equal.
         alpha, alpha_start: this step's alpha and the schedule's first.
         improvement: the schedule's improvement gate, in [0, 1).
-        anchor_drift: standard deviation of u over the later optimizer steps of the rollout.
+        anchor_drift: standard deviation of u over the optimizer steps of the rollout that do not
+            stand on the anchor by construction.
         coefficient_top_share: see ``top_share``.
         max_log_ratio: largest |log q - log p|, nats.
     """
@@ -149,7 +150,7 @@ def _entropy_collapse(state: DiagnosticsState, thresholds: Thresholds) -> Findin
     return Finding(
         "entropy collapse",
         f"entropy fell by {fall:.0%} over {len(entropies)} steps, reward rose by {rise:+.3f}",
-        "raise schedule.rho or schedule.alpha_min",
+        "raise schedule.rho or schedule.alpha_min; without a schedule, lower optimizer.lr",
     )
 
 
@@ -177,7 +178,7 @@ def _heavy_tail(state: DiagnosticsState, thresholds: Thresholds) -> Finding | No
     return Finding(
         "heavy-tailed gradient",
         f"a tenth of the sequences holds {share:.0%} of the coefficient mass",
-        "set objective.ratio_clip",
+        "bound the ratio: objective.ratio_clip (apo), or a larger tau.base",
     )
 
 

@@ -10,7 +10,7 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-from nemo_apo.config import ParallelConfig
+from nemo_apo.config import ConfigError, ParallelConfig
 from nemo_apo.parallel import cpu_runtime
 
 
@@ -64,6 +64,11 @@ def initialize(parallel: ParallelConfig, seed: int) -> Layout:
         seed: seed of weight initialisation.
     """
     backend = _backend(parallel.backend)
+    if backend == "gloo" and torch.cuda.is_available():
+        raise ConfigError(
+            "parallel.backend=gloo: not supported where CUDA is available; hide the GPUs with "
+            "CUDA_VISIBLE_DEVICES= or use nccl"
+        )
     device = _device(backend)
     if device.type == "cpu":
         cpu_runtime.install()
@@ -72,6 +77,7 @@ def initialize(parallel: ParallelConfig, seed: int) -> Layout:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        distributed_timeout_minutes=parallel.timeout_minutes,
     )
     model_parallel_cuda_manual_seed(seed)
     return Layout(

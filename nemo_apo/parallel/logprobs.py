@@ -69,7 +69,7 @@ def _peak(x_BTv: Tensor, group: Any) -> Tensor:
     if x_BTv.shape[-1] == 0:
         peak_BT = x_BTv.new_full(x_BTv.shape[:-1], float("-inf"))
     else:
-        peak_BT = x_BTv.amax(dim=-1)
+        peak_BT = x_BTv.amax(dim=-1).contiguous()
     if dist.get_world_size(group) > 1:
         dist.all_reduce(peak_BT, op=dist.ReduceOp.MAX, group=group)
     return peak_BT

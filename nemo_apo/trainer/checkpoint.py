@@ -34,6 +34,7 @@ _FIXED_SECTIONS = (
     "anchor",
     "regularizers",
     "rollout",
+    "optimizer",
 )
 
 
@@ -199,13 +200,13 @@ def _roles(remembered: RememberedWeights) -> list[str]:
 
 
 def _fixed_config(config: Config) -> dict[str, Any]:
-    return {name: dataclasses.asdict(getattr(config, name)) for name in _FIXED_SECTIONS}
+    fixed = {name: dataclasses.asdict(getattr(config, name)) for name in _FIXED_SECTIONS}
+    return {**fixed, "run.seed": config.run.seed}
 
 
 def _check_config(folder: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
-    for section in _FIXED_SECTIONS:
-        if saved[section] != wanted[section]:
+    for key, now in wanted.items():
+        if saved[key] != now:
             raise CheckpointError(
-                f"cannot resume from {folder}: {section} was {saved[section]} "
-                f"and is now {wanted[section]}"
+                f"cannot resume from {folder}: {key} was {saved[key]} and is now {now}"
             )

@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from nemo_apo import __version__, record
 from nemo_apo.compose import to_yaml
-from nemo_apo.config import Config, ConfigError, RunConfig
+from nemo_apo.config import Config, ConfigError, RunConfig, require
 from nemo_apo.core.alpha_schedule import ScheduleState
 from nemo_apo.core.diagnostics import DiagnosticsState, Finding, StepFigures, observe
 from nemo_apo.parallel import layout as parallel_layout
@@ -77,13 +77,15 @@ def run(config: Config) -> None:
     """Train by the configuration; on return the run's folder is complete.
 
     Raises:
-        ConfigError: if the folder holds a run and ``run.if_exists`` is "error", or its checkpoint
-            belongs to another configuration. With "resume" and no checkpoint the run starts anew.
+        ConfigError: if the folder holds a run and ``run.if_exists`` is "error", or "resume" and
+            its checkpoint is missing or belongs to another configuration; or if the weights to
+            start from are not there. Nothing is changed then.
         TrainingStopped: after too many skipped optimizer steps in a row.
     """
     folder = Path(config.run.root) / config.run.name
     set_threads(config.run)
     _check_folder(folder, config.run.if_exists)
+    _check_weights(folder, config)
     layout = parallel_layout.initialize(config.parallel, config.run.seed)
     try:
         _prepare_folder(folder, config, layout)
@@ -140,6 +142,7 @@ class _Run:
         if resuming:
             assert found is not None
             state = checkpoint.load(found, self.policy, remembered, self.config)
+            self._write_config()
             self._spent_before = state.wall_s
             self.view.note(f"resumed from {found} at step {state.step}")
         else:
@@ -167,6 +170,10 @@ class _Run:
     def _needs_reference(self) -> bool:
         wanted = self.config.regularizers.needs_reference
         return wanted or self.config.update.monitor_reference_kl
+
+    def _write_config(self) -> None:
+        if self._first:
+            (self.folder / record.CONFIG_FILE).write_text(to_yaml(self.config))
 
     def _warm_start(self) -> float:
         start = time.perf_counter()
@@ -315,6 +322,23 @@ def _check_folder(folder: Path, if_exists: str) -> None:
             f"run.name={folder.name}: {folder} already holds a run; choose another run.name, or "
             "run.if_exists=overwrite or run.if_exists=resume"
         )
+    no_checkpoint = checkpoint.latest(folder / record.CHECKPOINT_DIR) is None
+    if if_exists == "resume" and (folder / record.METRICS_FILE).exists() and no_checkpoint:
+        raise ConfigError(
+            f"run.if_exists=resume: {folder} holds a run but no checkpoint of it (run.save_every); "
+            "choose run.if_exists=overwrite, or another run.name"
+        )
+
+
+def _check_weights(folder: Path, config: Config) -> None:
+    """Refuse weights to start from that are not there, or that overwriting the run would remove."""
+    load = config.warm_start.load
+    if load is None:
+        return
+    require(Path(load).is_dir(), "warm_start.load", load, "there is no such folder")
+    inside = folder.resolve() in Path(load).resolve().parents
+    rule = f"lies in {folder}, which run.if_exists=overwrite would remove"
+    require(not (inside and config.run.if_exists == "overwrite"), "warm_start.load", load, rule)
 
 
 def _prepare_folder(folder: Path, config: Config, layout: Layout) -> None:
@@ -325,7 +349,9 @@ def _prepare_folder(folder: Path, config: Config, layout: Layout) -> None:
             if config.run.if_exists == "overwrite":
                 _remove_run(folder)
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / record.CONFIG_FILE).write_text(to_yaml(config))
+            # A resumed run replaces its configuration once the checkpoint has accepted the new one.
+            if not (folder / record.METRICS_FILE).exists():
+                (folder / record.CONFIG_FILE).write_text(to_yaml(config))
         except OSError as raised:
             error = raised
     if not all_true(error is None, layout.device):

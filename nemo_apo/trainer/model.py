@@ -40,7 +40,8 @@ def _transformer_config(
         hidden_dropout=0.0,
         attention_dropout=0.0,
         init_method_std=model.init_method_std,
-        use_cpu_initialization=layout.device.type == "cpu",
+        # The same initial weights whatever the layout and device.
+        use_cpu_initialization=True,
         params_dtype=torch.float32,
         pipeline_dtype=torch.float32,
         attention_softmax_in_fp32=True,

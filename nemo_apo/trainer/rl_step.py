@@ -26,7 +26,7 @@ from nemo_apo.core.objectives.anchored import anchored_coordinates
 from nemo_apo.tasks import Task
 from nemo_apo.trainer.anchors import RememberedWeights
 from nemo_apo.trainer.policy import MicroBatch, Policy
-from nemo_apo.trainer.rollout_source import RolloutSource
+from nemo_apo.trainer.rollout_source import Drawn, RolloutSource
 from nemo_apo.trainer.rollouts import Rollouts, known
 from nemo_apo.trainer.step_metrics import (
     Stopwatch,
@@ -93,7 +93,7 @@ class RLStep:
         metrics = dict(drawn.metrics)
         tally = Tally(skipped_in_a_row)
         if drawn.rollouts.count > 0:
-            state, trained = self._train_on(drawn.rollouts, step, state, optimizer_steps, tally)
+            state, trained = self._train_on(drawn, step, state, optimizer_steps, tally)
             metrics |= trained
         metrics[record.STEP_SECONDS] = time.perf_counter() - began
         return StepOutcome(
@@ -102,7 +102,7 @@ class RLStep:
 
     def _train_on(
         self,
-        rollouts: Rollouts,
+        drawn: Drawn,
         step: int,
         state: ScheduleState,
         optimizer_steps: int,
@@ -111,9 +111,11 @@ class RLStep:
         """Weigh the rollout, step the schedule and take the optimizer steps."""
         watch = Stopwatch()
         objective = self.config.objective
-        rollouts = watch.time(record.LOGPROB_SECONDS, lambda: self._read(rollouts))
+        rollouts = watch.time(record.LOGPROB_SECONDS, lambda: self._read(drawn.rollouts))
         batch = watch.time(record.WEIGH_SECONDS, lambda: self._group_batch(rollouts))
-        alpha, state = self._schedule(step, state, rollouts, batch)
+        alpha, state = self._schedule(
+            step, state, drawn.metrics[record.REWARD_MEAN], rollouts, batch
+        )
         metrics = rollout_metrics(objective, alpha, rollouts, batch)
         if objective.uses_alpha:
             metrics |= schedule_metrics(state)
@@ -177,7 +179,12 @@ class RLStep:
         )
 
     def _schedule(
-        self, step: int, state: ScheduleState, rollouts: Rollouts, batch: GroupBatch
+        self,
+        step: int,
+        state: ScheduleState,
+        reward_mean: float,
+        rollouts: Rollouts,
+        batch: GroupBatch,
     ) -> tuple[float, ScheduleState]:
         """Alpha of this RL step; an objective without alpha leaves the state alone."""
         objective = self.config.objective
@@ -187,7 +194,7 @@ class RLStep:
         signals = ScheduleSignals(
             step=step,
             total_steps=self.config.run.steps,
-            reward_mean=float(rollouts.rewards_N.mean()),
+            reward_mean=reward_mean,
             token_entropy=token_mean(known(rollouts.entropy_NT), rollouts.mask_NT),
             vocab_size=self.task.vocab_size,
             log_q_N=log_q_N,
@@ -210,7 +217,7 @@ class RLStep:
         update = self.config.update
         # The last log-probs known of each sequence: what coefficients are computed from.
         known_N = batch.logprob_sums_N.clone()
-        shuffle = torch.Generator().manual_seed(self.config.run.seed * 1_000_003 + step)
+        shuffle = torch.Generator().manual_seed((self.config.run.seed * 1_000_003 + step) % 2**63)
         parts = [
             part_G
             for _ in range(update.epochs)
@@ -253,7 +260,9 @@ class RLStep:
 
     def _weigh(self, part: GroupBatch, alpha: float, tally: Tally) -> Weighing:
         objective = self.config.objective
-        if tally.steps > 0 and objective.uses_anchor:
+        # The first step of a rollout stands on the anchor "old" by construction.
+        stands_on_anchor = tally.steps == 0 and self.config.anchor.name == "old"
+        if objective.uses_anchor and not stands_on_anchor:
             reduction = objective.logprob_reduction  # type: ignore[attr-defined]
             tally.drifts_N.append(anchored_coordinates(part, reduction))
         return objective.weigh(part, alpha)

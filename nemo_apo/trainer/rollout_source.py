@@ -62,9 +62,10 @@ class RolloutSource:
         if samples > first.count:
             rollouts = self._prefer_signal(rollouts, wanted)
         settled = self._settle(rollouts)
+        rewards_N = self._unselected_rewards(first)
         metrics = {
-            record.REWARD_MEAN: float(settled.rewards_N.mean()),
-            record.REWARD_STD: float(settled.rewards_N.std(correction=0)),
+            record.REWARD_MEAN: float(rewards_N.mean()),
+            record.REWARD_STD: float(rewards_N.std(correction=0)),
             record.REWARD_FAILED: settled.failed_grades,
             record.RESPONSE_LENGTH: float(first.lengths_N.mean()),
             record.TRUNCATED_SHARE: float(first.truncated_N.double().mean()),
@@ -83,6 +84,8 @@ class RolloutSource:
         stream = f"rollout/{step}/{again}"
         distinct = task.train_prompts(count, Random(f"{config.run.seed}/{stream}"))
         prompts = [prompt for prompt in distinct for _ in range(size)]
+        for prompt in distinct:
+            check_tokens(torch.tensor(prompt.tokens), task.vocab_size)
         draws = uniforms(config.run.seed, stream, len(prompts), task.max_response_length)
         completions = complete(self.policy, task, config.rollout, prompts, draws)
         group_ids_N = torch.arange(count).repeat_interleave(size)
@@ -96,6 +99,15 @@ class RolloutSource:
         )
         check_tokens(rollouts.tokens_NT, task.vocab_size)
         return rollouts
+
+    def _unselected_rewards(self, first: Rollouts) -> Tensor:
+        """Rewards of the first round's usable groups: those of prompts as they come.
+
+        Groups chosen for their signal have middling rewards whatever the policy has learnt, and
+        would hide its improvement from the schedule. If no group is usable, all rewards.
+        """
+        settled = self._settle(first)
+        return settled.rewards_N[settled.keep_N] if settled.keep_N.any() else settled.rewards_N
 
     def _settle(self, rollouts: Rollouts) -> SettledGroups:
         return settle_groups(

@@ -136,16 +136,14 @@ def assemble(
     )
 
 
-def check_tokens(tokens_NT: Tensor, vocab_size: int) -> None:
-    """Raise ``ValueError`` for a token id outside the vocabulary.
+def check_tokens(tokens: Tensor, vocab_size: int) -> None:
+    """Raise ``ValueError`` for a token id outside the vocabulary; tokens of any shape.
 
-    The rollout is the same on all ranks, so all of them raise.
+    Prompts, demonstrations and rollouts are the same on all ranks, so all of them raise.
     """
-    low, high = int(tokens_NT.min()), int(tokens_NT.max())
+    low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or high >= vocab_size:
-        raise ValueError(
-            f"token ids must lie in [0, {vocab_size}), the rollout holds {low} to {high}"
-        )
+        raise ValueError(f"token ids must lie in [0, {vocab_size}), got {low} to {high}")
 
 
 def known(values: Tensor | None) -> Tensor:

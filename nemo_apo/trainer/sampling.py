@@ -78,6 +78,6 @@ def _share(layout: Layout, count: int) -> list[int]:
 def _grade_one(task: Task, prompt: Prompt, completion: list[int]) -> float:
     try:
         return float(task.grade(prompt, completion))
-    except Exception:
+    except (Exception, SystemExit):
         # A grader is foreign code: whatever it raises is one failed grade, which is counted.
         return float("nan")

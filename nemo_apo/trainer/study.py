@@ -5,6 +5,7 @@ the RL phase. Runs are processes of their own, a few at a time; a run whose summ
 is not repeated, so an interrupted study goes on where it stopped.
 """
 
+import hashlib
 import json
 import multiprocessing
 import shutil
@@ -85,7 +86,7 @@ def run_study(study: Study, root: Path, overrides: Sequence[str], jobs: int) -> 
         config
         for seed in range(study.seeds)
         for label in study.rows
-        if not _summary_path(config := _config(study, label, seed, root, overrides)).exists()
+        if not _is_finished(config := _config(study, label, seed, root, overrides))
     ]
     warm = {_warm_folder(config): config for config in pending}
     _in_processes(_make_warm_start, list(warm.values()), jobs)
@@ -98,8 +99,9 @@ def results(study: Study, root: Path, overrides: Sequence[str]) -> list[RowResul
     for label in study.rows:
         summaries = []
         for seed in range(study.seeds):
-            path = _summary_path(_config(study, label, seed, root, overrides))
-            if path.exists():
+            config = _config(study, label, seed, root, overrides)
+            if _is_finished(config):
+                path = _run_folder(config) / record.SUMMARY_FILE
                 summaries.append(json.loads(path.read_text()))
         if summaries:
             rows.append(_row(label, summaries))
@@ -138,14 +140,35 @@ def _config(study: Study, label: str, seed: int, root: Path, overrides: Sequence
     return replace(config, run=replace(config.run, root=str(root)))
 
 
-def _summary_path(config: Config) -> Path:
-    return Path(config.run.root) / config.run.name / record.SUMMARY_FILE
+def _run_folder(config: Config) -> Path:
+    return Path(config.run.root) / config.run.name
+
+
+def _is_finished(config: Config) -> bool:
+    """Whether the run is there, with the very settings that decide what it learns."""
+    folder = _run_folder(config)
+    if not (folder / record.SUMMARY_FILE).exists():
+        return False
+    done = compose([], folder / record.CONFIG_FILE)
+    return _learning_sections(done) == _learning_sections(config)
+
+
+def _learning_sections(config: Config) -> tuple[object, ...]:
+    """Everything but where the run is written, its warm start was kept, and what it monitored."""
+    steps_and_seed = (config.run.steps, config.run.seed)
+    warm_start = replace(config.warm_start, load=None)
+    update = replace(config.update, monitor_reference_kl=False)
+    apart = ("run", "warm_start", "update")
+    rest = [value for name, value in vars(config).items() if name not in apart]
+    return (steps_and_seed, warm_start, update, *rest)
 
 
 def _warm_folder(config: Config) -> Path:
     # "exact" and "graded" differ in the reward only; their teacher is the same.
-    teacher = "two_modes" if config.task.reward == "two_modes" else "one_mode"
-    return Path(config.run.root) / "warm_start" / f"{teacher}_seed{config.run.seed}"
+    teacher = "two_modes" if config.task.reward == "two_modes" else "exact"
+    decides = repr((replace(config.task, reward=teacher), config.model, config.warm_start))
+    key = hashlib.sha256(decides.encode()).hexdigest()[:8]
+    return Path(config.run.root) / "warm_start" / f"{teacher}_{key}_seed{config.run.seed}"
 
 
 def _in_processes(work: Callable[[Config], str], configs: list[Config], jobs: int) -> None:

@@ -16,6 +16,7 @@ from nemo_apo.core.anchoring import sequence_sums
 from nemo_apo.core.objectives import Columns
 from nemo_apo.tasks import Prompt, Task
 from nemo_apo.trainer.policy import MicroBatch, Policy
+from nemo_apo.trainer.rollouts import check_tokens
 
 
 def run_warm_start(
@@ -62,7 +63,9 @@ def demonstration_batch(task: Task, examples: list[tuple[Prompt, list[int]]]) ->
         advantage_N=torch.zeros_like(weight_B),
         token_weight_N=torch.zeros_like(weight_B),
     )
-    return MicroBatch(torch.tensor(rows), mask_BT, columns)
+    tokens_BT = torch.tensor(rows)
+    check_tokens(tokens_BT, task.vocab_size)
+    return MicroBatch(tokens_BT, mask_BT, columns)
 
 
 def _loss(policy: Policy) -> Callable[[Tensor, MicroBatch], tuple[Tensor, dict[str, Tensor]]]:
