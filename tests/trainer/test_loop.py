@@ -100,3 +100,38 @@ def test_a_grader_that_always_fails_does_not_end_the_run(tmp_path: Path) -> None
     train(config)
     summary = json.loads((tmp_path / "run" / record.SUMMARY_FILE).read_text())
     assert (summary["steps"], summary["optimizer_steps"]) == (2, 0)
+
+
+def test_resuming_a_run_without_checkpoint_is_refused_and_loses_nothing(tmp_path: Path) -> None:
+    train(small_run(tmp_path))
+    before = (tmp_path / "run" / record.METRICS_FILE).read_text()
+    with pytest.raises(RankFailure, match=r"run\.if_exists=resume: .* holds a run but no check"):
+        train(small_run(tmp_path, if_exists="resume"))
+    assert (tmp_path / "run" / record.METRICS_FILE).read_text() == before
+
+
+def test_a_refused_resume_leaves_the_configuration_of_the_run(tmp_path: Path) -> None:
+    train(small_run(tmp_path, stop_after=1))
+    before = (tmp_path / "run" / record.CONFIG_FILE).read_text()
+    other = small_run(tmp_path, if_exists="resume", seed=5)
+    with pytest.raises(RankFailure, match=r"run\.seed was 0 and is now 5"):
+        train(other)
+    assert (tmp_path / "run" / record.CONFIG_FILE).read_text() == before
+
+
+def test_weights_to_start_from_are_looked_at_before_a_run_is_overwritten(tmp_path: Path) -> None:
+    train(small_run(tmp_path, save_every=1))
+    before = (tmp_path / "run" / record.METRICS_FILE).read_text()
+    config = small_run(tmp_path, if_exists="overwrite")
+    inside = str(tmp_path / "run" / record.CHECKPOINT_DIR / "step_000002")
+    for load, rule in ((inside, "would remove"), ("no/such/folder", "no such folder")):
+        warm_start = replace(config.warm_start, load=load)
+        with pytest.raises(RankFailure, match=rf"warm_start\.load=.*{rule}"):
+            train(replace(config, warm_start=warm_start))
+    assert (tmp_path / "run" / record.METRICS_FILE).read_text() == before
+
+    elsewhere = small_run(tmp_path, name="second")
+    train(replace(elsewhere, warm_start=replace(elsewhere.warm_start, load=inside)))
+    ends = json.loads((tmp_path / "run" / record.SUMMARY_FILE).read_text())
+    starts = json.loads((tmp_path / "second" / record.SUMMARY_FILE).read_text())
+    assert starts["reward_start"] == ends["reward_final"]
