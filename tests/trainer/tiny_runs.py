@@ -24,6 +24,7 @@ from nemo_apo.parallel import layout as parallel_layout
 from nemo_apo.parallel.layout import Layout
 from nemo_apo.tasks import Prompt, SortTask
 from nemo_apo.trainer.anchors import RememberedWeights
+from nemo_apo.trainer.loop import build_policy
 from nemo_apo.trainer.policy import Policy
 from nemo_apo.trainer.rl_step import RLStep, StepOutcome
 from nemo_apo.trainer.rollout_source import RolloutSource
@@ -86,20 +87,6 @@ def tiny_config(**sections: Any) -> Config:
         evaluation=EvaluationConfig(every=100, prompts=8, pass_prompts=4, pass_k=2),
     )
     return replace(config, **sections)
-
-
-def build_policy(config: Config, layout: Layout) -> Policy:
-    """The policy of a configuration."""
-    task = config.task
-    return Policy(
-        config.model,
-        config.optimizer,
-        layout,
-        task.vocab_size,
-        task.max_prompt_length + task.max_response_length,
-        config.rollout.temperature,
-        config.run.seed,
-    )
 
 
 class WatchedSource(RolloutSource):
