@@ -19,9 +19,11 @@ ALLOWED: dict[str, set[str]] = {
     "tasks": {"core"},
     "config": {"core", "tasks"} | CONFIG,
     "compose": {"core", "tasks"} | CONFIG,
+    "step_metrics": {"core", "record"},
     "parallel": {"core"} | CONFIG,
     "report": {"record"} | CONFIG,
-    "trainer": {"core", "tasks", "record", "parallel", "report"} | CONFIG,
+    "trainer": {"core", "tasks", "record", "step_metrics", "parallel", "report"} | CONFIG,
+    "aligner": {"core", "record", "step_metrics", "parallel"} | CONFIG,
 }
 # The way in from outside may use anything.
 UNRESTRICTED = {"cli", "__main__"}

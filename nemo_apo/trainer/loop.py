@@ -22,10 +22,11 @@ from nemo_apo import __version__, record
 from nemo_apo.compose import to_yaml
 from nemo_apo.config import Config, ConfigError, RunConfig, require
 from nemo_apo.core.alpha_schedule import ScheduleState
-from nemo_apo.core.diagnostics import DiagnosticsState, Finding, StepFigures, observe
+from nemo_apo.core.diagnostics import DiagnosticsState, Finding, observe
 from nemo_apo.parallel import layout as parallel_layout
 from nemo_apo.parallel.gather import all_gather_objects, all_true
 from nemo_apo.parallel.layout import Layout
+from nemo_apo.step_metrics import step_figures
 from nemo_apo.trainer import checkpoint
 from nemo_apo.trainer.anchors import RememberedWeights
 from nemo_apo.trainer.checkpoint import TrainerState
@@ -218,7 +219,7 @@ class _Run:
     def _advance(
         self, state: TrainerState, outcome: StepOutcome
     ) -> tuple[TrainerState, list[Finding]]:
-        figures = _figures(outcome.metrics, self.config)
+        figures = step_figures(outcome.metrics, self.config.schedule)
         found: list[Finding] = []
         diagnostics = state.diagnostics
         if figures is not None:
@@ -292,26 +293,6 @@ def _evaluation_metrics(evaluation: Evaluation) -> dict[str, float]:
         record.EVAL_REWARD: evaluation.reward,
         record.EVAL_PASS_AT_K: evaluation.pass_at_k,
     }
-
-
-def _figures(metrics: dict[str, float], config: Config) -> StepFigures | None:
-    """The figures for diagnostics; None for a step whose groups were all dropped."""
-    if record.TOKEN_ENTROPY not in metrics:
-        return None
-    schedule = config.schedule
-    start = getattr(schedule, "alpha_max", getattr(schedule, "alpha_start", None))
-    alpha = metrics.get(record.ALPHA)
-    return StepFigures(
-        reward_mean=metrics[record.REWARD_MEAN],
-        token_entropy=metrics[record.TOKEN_ENTROPY],
-        no_signal_share=metrics[record.NO_SIGNAL_SHARE],
-        alpha=alpha,
-        alpha_start=alpha if start is None else start,
-        improvement=metrics.get(record.IMPROVEMENT),
-        anchor_drift=metrics.get(record.ANCHOR_DRIFT),
-        coefficient_top_share=metrics.get(record.COEFFICIENT_TOP_SHARE),
-        max_log_ratio=metrics.get(record.MAX_LOG_RATIO),
-    )
 
 
 def _check_folder(folder: Path, if_exists: str) -> None:

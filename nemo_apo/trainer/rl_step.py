@@ -17,24 +17,30 @@ from torch import Tensor
 
 from nemo_apo import record
 from nemo_apo.config import Config
-from nemo_apo.core.advantages import group_advantages
-from nemo_apo.core.alpha_schedule import ScheduleSignals, ScheduleState
+from nemo_apo.core.alpha_schedule import ScheduleState
 from nemo_apo.core.anchoring import sequence_sums
-from nemo_apo.core.groups import Groups
-from nemo_apo.core.objectives import Apo, GroupBatch, TokenInputs, Weighing
-from nemo_apo.core.objectives.anchored import anchored_coordinates
+from nemo_apo.core.objectives import GroupBatch, TokenInputs, Weighing
+from nemo_apo.core.objectives.regularizers import k3
+from nemo_apo.core.settling import (
+    RolloutLimits,
+    SequenceFigures,
+    optimizer_step_part,
+    schedule_alpha,
+    settle,
+)
+from nemo_apo.step_metrics import (
+    Stopwatch,
+    Tally,
+    UpdateFigures,
+    coefficient_error,
+    rollout_metrics,
+    schedule_metrics,
+)
 from nemo_apo.tasks import Task
 from nemo_apo.trainer.anchors import RememberedWeights
 from nemo_apo.trainer.policy import MicroBatch, Policy
 from nemo_apo.trainer.rollout_source import Drawn, RolloutSource
 from nemo_apo.trainer.rollouts import Rollouts, known
-from nemo_apo.trainer.step_metrics import (
-    Stopwatch,
-    Tally,
-    rollout_metrics,
-    schedule_metrics,
-    token_mean,
-)
 
 # Share of the peak learning rate, by the share of the run that is done.
 DECAYS: dict[str, Callable[[float], float]] = {
@@ -76,6 +82,7 @@ class RLStep:
         self.task = task
         self.remembered = remembered
         self.source = RolloutSource(policy, config, task)
+        self.limits = RolloutLimits(task.vocab_size, task.max_response_length)
 
     def run(
         self, step: int, state: ScheduleState, optimizer_steps: int, skipped_in_a_row: int
@@ -110,18 +117,29 @@ class RLStep:
     ) -> tuple[ScheduleState, dict[str, float]]:
         """Weigh the rollout, step the schedule and take the optimizer steps."""
         watch = Stopwatch()
-        objective = self.config.objective
+        config = self.config
         rollouts = watch.time(record.LOGPROB_SECONDS, lambda: self._read(drawn.rollouts))
-        batch = watch.time(record.WEIGH_SECONDS, lambda: self._group_batch(rollouts))
-        alpha, state = self._schedule(
-            step, state, drawn.metrics[record.REWARD_MEAN], rollouts, batch
+        figures = _sequence_figures(rollouts)
+        batch = watch.time(record.WEIGH_SECONDS, lambda: self._settle(figures))
+        alpha, state = schedule_alpha(
+            config.objective,
+            config.schedule,
+            state,
+            batch,
+            step=step,
+            total_steps=config.run.steps,
+            reward_mean=drawn.metrics[record.REWARD_MEAN],
+            token_entropy=figures.token_entropy,
+            limits=self.limits,
         )
-        metrics = rollout_metrics(objective, alpha, rollouts, batch)
-        if objective.uses_alpha:
+        metrics = rollout_metrics(config.objective, alpha, figures, batch)
+        metrics |= _reference_metrics(rollouts)
+        if config.objective.uses_alpha:
             metrics |= schedule_metrics(state)
         self._optimize(step, alpha, rollouts, batch, optimizer_steps, tally, watch)
         last_lr = self._learning_rate(step, optimizer_steps + max(0, tally.taken - 1))
-        return state, metrics | tally.metrics(objective, last_lr) | watch.seconds
+        metrics |= {record.LEARNING_RATE: last_lr}
+        return state, metrics | tally.metrics(config.objective) | watch.seconds
 
     def _read(self, rollouts: Rollouts) -> Rollouts:
         """Log-probs of the rollout under the policy, the anchor and the reference."""
@@ -148,60 +166,9 @@ class RLStep:
             logprobs_NT, _ = self._read_logprobs(rollouts)
         return sequence_sums(logprobs_NT, rollouts.mask_NT)
 
-    def _group_batch(self, rollouts: Rollouts) -> GroupBatch:
-        """Per-sequence scalars of the whole rollout; an optimizer step takes some of its groups."""
-        groups = Groups.from_ids(rollouts.group_ids_N)
-        rewards_N = self._penalised_rewards(rollouts)
-        entropies_N = sequence_sums(known(rollouts.entropy_NT), rollouts.mask_NT)
-        entropy_G = groups.sum(entropies_N) / groups.sum(rollouts.lengths_N)
-        tau_G = self.config.tau.tau(groups.mean(rewards_N), entropy_G, self.task.vocab_size)
-        old_N = rollouts.old_logprob_sums_N
-        return GroupBatch(
-            groups=groups,
-            advantages_N=group_advantages(rewards_N, groups, self.config.objective.advantages),
-            lengths_N=rollouts.lengths_N,
-            logprob_sums_N=old_N,
-            old_logprob_sums_N=old_N,
-            anchor_logprob_sums_N=known(rollouts.anchor_logprob_sums_N),
-            tau_N=groups.spread(tau_G),
-            max_response_length=self.task.max_response_length,
-        )
-
-    def _penalised_rewards(self, rollouts: Rollouts) -> Tensor:
-        """Rewards, less the k1 penalty where one is set."""
-        if not self.config.regularizers.needs_reference:
-            return rollouts.rewards_N
-        reference_NT = known(rollouts.reference_logprobs_NT)
-        return self.config.regularizers.penalised_rewards(
-            rollouts.rewards_N,
-            rollouts.old_logprob_sums_N,
-            sequence_sums(reference_NT, rollouts.mask_NT),
-        )
-
-    def _schedule(
-        self,
-        step: int,
-        state: ScheduleState,
-        reward_mean: float,
-        rollouts: Rollouts,
-        batch: GroupBatch,
-    ) -> tuple[float, ScheduleState]:
-        """Alpha of this RL step; an objective without alpha leaves the state alone."""
-        objective = self.config.objective
-        if not isinstance(objective, Apo):
-            return float("nan"), state
-        log_q_N, log_p_N = objective.log_target_and_policy(batch)
-        signals = ScheduleSignals(
-            step=step,
-            total_steps=self.config.run.steps,
-            reward_mean=reward_mean,
-            token_entropy=token_mean(known(rollouts.entropy_NT), rollouts.mask_NT),
-            vocab_size=self.task.vocab_size,
-            log_q_N=log_q_N,
-            log_p_N=log_p_N,
-            groups=batch.groups,
-        )
-        return self.config.schedule.step(state, signals)
+    def _settle(self, figures: SequenceFigures) -> GroupBatch:
+        config = self.config
+        return settle(figures, config.objective, config.tau, config.regularizers, self.limits)
 
     def _optimize(
         self,
@@ -232,7 +199,12 @@ class RLStep:
                 self._refresh(rollouts, rows, known_N, watch)
             weighing = watch.time(
                 record.WEIGH_SECONDS,
-                lambda r=rows: self._weigh(_select(batch, r, known_N), alpha, tally),
+                lambda r=rows: tally.weigh(
+                    self.config.objective,
+                    optimizer_step_part(batch, r, known_N),
+                    alpha,
+                    anchor_is_old=self.config.anchor.name == "old",
+                ),
             )
             if index == len(parts) - 1:
                 self._measure_staleness(rollouts, batch, rows, alpha, weighing, tally)
@@ -258,15 +230,6 @@ class RLStep:
         logprobs_NT, _ = self._read_logprobs(part)
         return sequence_sums(logprobs_NT, part.mask_NT)
 
-    def _weigh(self, part: GroupBatch, alpha: float, tally: Tally) -> Weighing:
-        objective = self.config.objective
-        # The first step of a rollout stands on the anchor "old" by construction.
-        stands_on_anchor = tally.steps == 0 and self.config.anchor.name == "old"
-        if objective.uses_anchor and not stands_on_anchor:
-            reduction = objective.logprob_reduction  # type: ignore[attr-defined]
-            tally.drifts_N.append(anchored_coordinates(part, reduction))
-        return objective.weigh(part, alpha)
-
     def _measure_staleness(
         self,
         rollouts: Rollouts,
@@ -281,10 +244,8 @@ class RLStep:
             return
         current_N = batch.logprob_sums_N.clone()
         current_N[rows] = self._current_sums(rollouts, rows)
-        exact = self.config.objective.weigh(_select(batch, rows, current_N), alpha)
-        error_N = stale.columns.coefficient_N - exact.columns.coefficient_N
-        total = exact.columns.coefficient_N.abs().sum()
-        tally.refresh_bias = float(error_N.abs().sum() / total) if total > 0.0 else 0.0
+        exact = self.config.objective.weigh(optimizer_step_part(batch, rows, current_N), alpha)
+        tally.refresh_bias = coefficient_error(stale, exact)
 
     def _train(
         self,
@@ -309,7 +270,17 @@ class RLStep:
         update = self.policy.update(lr, float(kept["loss"]))
         if not update.skipped:  # else they may be NaN, and stale coefficients would stay so
             known_N[rows] = sums_N
-        tally.note(self.config.objective, weighing, part, kept, update)
+        tally.note(
+            self.config.objective,
+            weighing,
+            UpdateFigures(
+                loss=float(kept["loss"]),
+                clipped_tokens=float(kept["clipped"]),
+                tokens=float(part.mask_BT.sum()),
+                grad_norm=update.grad_norm,
+                skipped=update.skipped,
+            ),
+        )
 
     def _loss(self, logits_BTv: Tensor, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """The micro-batch's loss, a sum: objective plus regularizers."""
@@ -341,15 +312,28 @@ class RLStep:
         )
 
 
-def _select(batch: GroupBatch, rows: Tensor, known_N: Tensor) -> GroupBatch:
-    """The rows of one optimizer step, with the log-probs known of them now."""
-    return GroupBatch(
-        groups=Groups.from_ids(batch.groups.ids_G[batch.groups.index_N[rows]]),
-        advantages_N=batch.advantages_N[rows],
-        lengths_N=batch.lengths_N[rows],
-        logprob_sums_N=known_N[rows],
-        old_logprob_sums_N=batch.old_logprob_sums_N[rows],
-        anchor_logprob_sums_N=batch.anchor_logprob_sums_N[rows],
-        tau_N=batch.tau_N[rows],
-        max_response_length=batch.max_response_length,
+def _sequence_figures(rollouts: Rollouts) -> SequenceFigures:
+    """The rollout's row of scalars per sequence."""
+    reference_NT = rollouts.reference_logprobs_NT
+    has_reference = reference_NT is not None
+    return SequenceFigures(
+        group_ids_N=rollouts.group_ids_N,
+        rewards_N=rollouts.rewards_N,
+        lengths_N=rollouts.lengths_N,
+        entropy_sums_N=sequence_sums(known(rollouts.entropy_NT), rollouts.mask_NT),
+        old_logprob_sums_N=rollouts.old_logprob_sums_N,
+        anchor_logprob_sums_N=known(rollouts.anchor_logprob_sums_N),
+        reference_logprob_sums_N=sequence_sums(known(reference_NT), rollouts.mask_NT)
+        if has_reference
+        else None,
+        sampler_logprob_sums_N=rollouts.sampler_logprob_sums_N,
     )
+
+
+def _reference_metrics(rollouts: Rollouts) -> dict[str, float]:
+    """KL to the reference (k3), nats per completion token, where its log-probs are at hand."""
+    if rollouts.reference_logprobs_NT is None:
+        return {}
+    delta_NT = known(rollouts.old_logprobs_NT) - rollouts.reference_logprobs_NT
+    kl_N = sequence_sums(k3(delta_NT), rollouts.mask_NT)
+    return {record.KL_REFERENCE: float(kl_N.sum() / rollouts.mask_NT.sum())}

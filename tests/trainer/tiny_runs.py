@@ -20,6 +20,7 @@ from nemo_apo.config import (
 )
 from nemo_apo.core.alpha_schedule import ScheduleState
 from nemo_apo.core.objectives import GroupBatch
+from nemo_apo.core.settling import SequenceFigures
 from nemo_apo.parallel import layout as parallel_layout
 from nemo_apo.parallel.layout import Layout
 from nemo_apo.tasks import Prompt, SortTask
@@ -115,9 +116,12 @@ class WatchedStep(RLStep):
         """What was sampled, one entry per round."""
         return self.source.drawn
 
-    def _group_batch(self, rollouts: Rollouts) -> GroupBatch:
-        self.read.append(rollouts)
-        self.batches.append(super()._group_batch(rollouts))
+    def _read(self, rollouts: Rollouts) -> Rollouts:
+        self.read.append(super()._read(rollouts))
+        return self.read[-1]
+
+    def _settle(self, figures: SequenceFigures) -> GroupBatch:
+        self.batches.append(super()._settle(figures))
         return self.batches[-1]
 
 

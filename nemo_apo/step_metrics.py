@@ -1,4 +1,4 @@
-"""The metrics of one RL step, under the names of ``nemo_apo.record``."""
+"""The metrics of one RL step, under the names of ``nemo_apo.record``, for every host."""
 
 import time
 from collections.abc import Callable
@@ -9,14 +9,12 @@ import torch
 from torch import Tensor
 
 from nemo_apo import record
-from nemo_apo.core.alpha_schedule import ScheduleState
-from nemo_apo.core.anchoring import sequence_sums
-from nemo_apo.core.diagnostics import top_share
+from nemo_apo.core.alpha_schedule import Schedule, ScheduleState
+from nemo_apo.core.diagnostics import StepFigures, top_share
 from nemo_apo.core.effective_sample import effective_sample_share
 from nemo_apo.core.objectives import Apo, GroupBatch, Objective, Weighing
-from nemo_apo.core.objectives.regularizers import k3
-from nemo_apo.trainer.policy import MicroBatch, Update
-from nemo_apo.trainer.rollouts import Rollouts, known
+from nemo_apo.core.objectives.anchored import anchored_coordinates
+from nemo_apo.core.settling import SequenceFigures
 
 T = TypeVar("T")
 
@@ -33,6 +31,24 @@ class Stopwatch:
         result = work()
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
         return result
+
+
+@dataclass(frozen=True)
+class UpdateFigures:
+    """What one optimizer step left behind, global.
+
+    Attributes:
+        loss: the loss summed over micro-batches and ranks.
+        clipped_tokens, tokens: completion tokens that a clip took out of the gradient, and all.
+        grad_norm: before clipping.
+        skipped: whether the step was skipped because something was not finite.
+    """
+
+    loss: float
+    clipped_tokens: float
+    tokens: float
+    grad_norm: float
+    skipped: bool
 
 
 @dataclass
@@ -60,20 +76,24 @@ class Tally:
     def steps(self) -> int:
         return self.taken + self.skipped
 
-    def note(
-        self,
-        objective: Objective,
-        weighing: Weighing,
-        part: MicroBatch,
-        kept: dict[str, Tensor],
-        update: Update,
-    ) -> None:
+    def weigh(
+        self, objective: Objective, part: GroupBatch, alpha: float, anchor_is_old: bool
+    ) -> Weighing:
+        """``objective.weigh``, with the drift from the anchor noted where there can be one."""
+        # The first step of a rollout stands on the anchor "old" by construction.
+        stands_on_anchor = self.steps == 0 and anchor_is_old
+        if objective.uses_anchor and not stands_on_anchor:
+            reduction = objective.logprob_reduction  # type: ignore[attr-defined]
+            self.drifts_N.append(anchored_coordinates(part, reduction))
+        return objective.weigh(part, alpha)
+
+    def note(self, objective: Objective, weighing: Weighing, update: UpdateFigures) -> None:
         """Take in one optimizer step."""
         self.in_a_row = self.in_a_row + 1 if update.skipped else 0
         self.skipped += int(update.skipped)
         self.taken += int(not update.skipped)
         self.grad_norms.append(update.grad_norm)
-        self.values.append(float(kept["loss"] if weighing.value is None else weighing.value))
+        self.values.append(update.loss if weighing.value is None else float(weighing.value))
         if objective.weighs_current_policy:
             self.top_shares.append(float(top_share(weighing.columns.coefficient_N)))
         if weighing.log_ratio_N is not None:
@@ -82,15 +102,14 @@ class Tally:
             self.clipped += float(weighing.clipped_N.sum())
             self.counted += weighing.clipped_N.numel()
         else:
-            self.clipped += float(kept["clipped"])
-            self.counted += float(part.mask_BT.sum())
+            self.clipped += update.clipped_tokens
+            self.counted += update.tokens
 
-    def metrics(self, objective: Objective, learning_rate: float) -> dict[str, float]:
+    def metrics(self, objective: Objective) -> dict[str, float]:
         """The figures of the rollout's optimizer steps."""
         metrics: dict[str, float] = {
             record.OBJECTIVE_VALUE: _mean(self.values),
             record.GRAD_NORM: _mean(self.grad_norms),
-            record.LEARNING_RATE: learning_rate,
             record.SKIPPED_STEPS: self.skipped,
             record.CLIPPED_SHARE: self.clipped / max(1.0, self.counted),
         }
@@ -106,20 +125,25 @@ class Tally:
         return metrics
 
 
+def coefficient_error(stale: Weighing, exact: Weighing) -> float:
+    """Sum of the coefficients' errors over the sum of their sizes; 0 where there is none."""
+    error_N = stale.columns.coefficient_N - exact.columns.coefficient_N
+    total = exact.columns.coefficient_N.abs().sum()
+    return float(error_N.abs().sum() / total) if total > 0.0 else 0.0
+
+
 def rollout_metrics(
-    objective: Objective, alpha: float, rollouts: Rollouts, batch: GroupBatch
+    objective: Objective, alpha: float, figures: SequenceFigures, batch: GroupBatch
 ) -> dict[str, float]:
     """What the rollout shows before any update."""
     groups = batch.groups
-    gap_N = (rollouts.sampler_logprob_sums_N - batch.old_logprob_sums_N).abs()
     metrics = {
-        record.TOKEN_ENTROPY: token_mean(known(rollouts.entropy_NT), rollouts.mask_NT),
-        record.NO_SIGNAL_SHARE: float(groups.all_equal(rollouts.rewards_N).double().mean()),
-        record.SAMPLER_MISMATCH: float(gap_N.sum() / rollouts.lengths_N.sum()),
+        record.TOKEN_ENTROPY: figures.token_entropy,
+        record.NO_SIGNAL_SHARE: float(groups.all_equal(figures.rewards_N).double().mean()),
     }
-    if rollouts.reference_logprobs_NT is not None:
-        delta_NT = known(rollouts.old_logprobs_NT) - rollouts.reference_logprobs_NT
-        metrics[record.KL_REFERENCE] = token_mean(k3(delta_NT), rollouts.mask_NT)
+    if figures.sampler_logprob_sums_N is not None:
+        gap_N = (figures.sampler_logprob_sums_N - figures.old_logprob_sums_N).abs()
+        metrics[record.SAMPLER_MISMATCH] = float(gap_N.sum() / figures.lengths_N.sum())
     if isinstance(objective, Apo):
         log_q_N, log_p_N = objective.log_target_and_policy(batch)
         metrics[record.ESS_SHARE] = float(effective_sample_share(log_q_N, log_p_N, groups, alpha))
@@ -139,9 +163,23 @@ def schedule_metrics(state: ScheduleState) -> dict[str, float]:
     return {name: value for name, value in named.items() if value is not None}
 
 
-def token_mean(values_NT: Tensor, mask_NT: Tensor) -> float:
-    """Mean over the completion tokens of the whole rollout."""
-    return float(sequence_sums(values_NT, mask_NT).sum() / mask_NT.sum())
+def step_figures(metrics: dict[str, float], schedule: Schedule) -> StepFigures | None:
+    """The figures for diagnostics; None for a step whose groups were all dropped."""
+    if record.TOKEN_ENTROPY not in metrics:
+        return None
+    start = getattr(schedule, "alpha_max", getattr(schedule, "alpha_start", None))
+    alpha = metrics.get(record.ALPHA)
+    return StepFigures(
+        reward_mean=metrics[record.REWARD_MEAN],
+        token_entropy=metrics[record.TOKEN_ENTROPY],
+        no_signal_share=metrics[record.NO_SIGNAL_SHARE],
+        alpha=alpha,
+        alpha_start=alpha if start is None else start,
+        improvement=metrics.get(record.IMPROVEMENT),
+        anchor_drift=metrics.get(record.ANCHOR_DRIFT),
+        coefficient_top_share=metrics.get(record.COEFFICIENT_TOP_SHARE),
+        max_log_ratio=metrics.get(record.MAX_LOG_RATIO),
+    )
 
 
 def _mean(values: list[float]) -> float:
