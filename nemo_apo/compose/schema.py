@@ -1,4 +1,7 @@
-"""The schema, read off the dataclasses of ``nemo_apo.config``: keys, types, nearest matches."""
+"""A schema, read off default dataclasses: keys, types, nearest matches.
+
+The trainer's is ``TRAINER``, the dataclasses of ``nemo_apo.config``; another host may have its own.
+"""
 
 import dataclasses
 import difflib
@@ -6,6 +9,7 @@ import math
 import types
 import typing
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -28,25 +32,55 @@ _KINDS = {
 }
 
 
+@dataclass(frozen=True)
+class Schema:
+    """The sections of a configuration.
+
+    Attributes:
+        defaults: for each section the default value by its ``name`` field; a section whose class
+            does not depend on a name has one, under "".
+        prefix: what a person writes before the section in a dotted key.
+    """
+
+    defaults: Mapping[str, Mapping[str, Any]]
+    prefix: str = ""
+
+    def keys_of(self, section: str) -> list[str]:
+        """Keys of a section, of all its classes together."""
+        values = self.defaults[section].values()
+        fields = (field for value in values for field in dataclasses.fields(value))
+        return list(dict.fromkeys(field.name for field in fields))
+
+    def all_keys(self) -> list[str]:
+        """Every dotted key that some configuration has, with the prefix."""
+        return [
+            f"{self.prefix}{section}.{key}"
+            for section in self.defaults
+            for key in self.keys_of(section)
+        ]
+
+
+TRAINER = Schema(
+    {
+        field.name: TAGGED_SECTIONS.get(field.name) or {"": getattr(Config(), field.name)}
+        for field in dataclasses.fields(Config)
+    }
+)
+
+
 def sections() -> list[str]:
-    """The sections of a configuration, in order."""
-    return [field.name for field in dataclasses.fields(Config)]
-
-
-def _defaults(section: str) -> dict[str, Any]:
-    """The default value(s) of a section by name; one that is not tagged has a single one."""
-    return TAGGED_SECTIONS.get(section) or {"": getattr(Config(), section)}
+    """The sections of the trainer's configuration, in order."""
+    return list(TRAINER.defaults)
 
 
 def keys_of(section: str) -> list[str]:
-    """Keys of a section, of all its classes together."""
-    fields = (field for value in _defaults(section).values() for field in dataclasses.fields(value))
-    return list(dict.fromkeys(field.name for field in fields))
+    """Keys of a section of the trainer, of all its classes together."""
+    return TRAINER.keys_of(section)
 
 
 def all_keys() -> list[str]:
-    """Every dotted key that some configuration has."""
-    return [f"{section}.{key}" for section in sections() for key in keys_of(section)]
+    """Every dotted key that some configuration of the trainer has."""
+    return TRAINER.all_keys()
 
 
 def nearest(wrong: str, choices: Collection[str]) -> list[str]:
@@ -100,58 +134,58 @@ def unknown_key(key: str, value: object, choices: Collection[str]) -> str:
     return f"{written}: there is no such key{suggestion(key, choices)}"
 
 
-def typed_section(section: str, values: object) -> Any:
+def typed_section(section: str, values: object, schema: Schema = TRAINER) -> Any:
     """A section's dataclass from plain values; what they leave out keeps its default.
 
     Raises:
         ConfigError: for an unknown key, a wrong type, or a value that the class refuses.
     """
+    dotted = f"{schema.prefix}{section}"
     if not isinstance(values, Mapping):
-        raise ConfigError(f"{assigned(section, values)}: is a section, set one of its keys")
-    default = _section_default(section, values)
+        raise ConfigError(f"{assigned(dotted, values)}: is a section, set one of its keys")
+    default = _section_default(section, values, schema)
     hints = typing.get_type_hints(type(default))
     known = {field.name: hints[field.name] for field in dataclasses.fields(default)}
     for key, value in values.items():
         if key not in known:
-            raise ConfigError(_misplaced_key(section, key, value, default, known))
-        _check_type(f"{section}.{key}", value, known[key])
+            raise ConfigError(_misplaced_key(section, key, value, default, schema))
+        _check_type(f"{dotted}.{key}", value, known[key])
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(default), values))
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{section}: {first_line(error)}") from None
+        raise ConfigError(f"{dotted}: {first_line(error)}") from None
     except ValueError as error:
-        raise ConfigError(str(error)) from None
+        raise ConfigError(f"{schema.prefix}{error}") from None
 
 
-def _section_default(section: str, values: Mapping[str, Any]) -> Any:
-    defaults = _defaults(section)
-    if section not in TAGGED_SECTIONS:
+def _section_default(section: str, values: Mapping[str, Any], schema: Schema) -> Any:
+    defaults = schema.defaults[section]
+    if "" in defaults:
         return defaults[""]
     name = values.get(NAME)
     if name not in defaults:
-        key = f"{section}.{NAME}"
+        key = f"{schema.prefix}{section}.{NAME}"
         rule = f"must be one of {', '.join(defaults)}{suggestion(shown(name), defaults)}"
         raise ConfigError(f"{assigned(key, name)}: {rule}")
     return defaults[name]
 
 
-def _misplaced_key(
-    section: str, key: str, value: object, default: Any, known: Collection[str]
-) -> str:
+def _misplaced_key(section: str, key: str, value: object, default: Any, schema: Schema) -> str:
     """The message for a key that the section's chosen class does not have."""
-    dotted = f"{section}.{key}"
-    if key not in keys_of(section):
-        return unknown_key(dotted, value, all_keys())
-    owners = [name for name, other in _defaults(section).items() if key in _field_names(other)]
+    dotted = f"{schema.prefix}{section}.{key}"
+    if key not in schema.keys_of(section):
+        return unknown_key(dotted, value, schema.all_keys())
+    named = schema.defaults[section].items()
+    owners = [name for name, other in named if key in _field_names(other)]
     return (
         f"{assigned(dotted, value)}: {section}={default.name} has no {key} "
         f"({', '.join(owners)} {'has' if len(owners) == 1 else 'have'}); "
-        f"its keys are {', '.join(known)}"
+        f"its keys are {', '.join(_field_names(default))}"
     )
 
 
-def _field_names(value: Any) -> set[str]:
-    return {field.name for field in dataclasses.fields(value)}
+def _field_names(value: Any) -> list[str]:
+    return [field.name for field in dataclasses.fields(value)]
 
 
 def _check_type(key: str, value: object, hint: Any) -> None:

@@ -1,0 +1,151 @@
+"""Rules between ``model.apo`` and the host's own keys, checked before any process group starts.
+
+The host's loss keys are replaced by ``model.apo``. Left null they say nothing; set, they must say
+what the objective says, so that no value is read as meaning something that it does not do.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from nemo_apo.aligner.settings import ApoSettings
+from nemo_apo.config import ConfigError, require
+from nemo_apo.core.objectives import ClippedRatio, Objective, Regularizers
+
+# Aggregations that average over the tokens of several sequences at once.
+_TOKEN_MEANS = ("group_token_mean", "batch_token_mean")
+# Optimizers that clip inside their step, where the host's trainer sees no gradient norm.
+_CLIPS_INSIDE = ("mcore_distributed_optim", "megatron_fused_adam")
+# The sampled policy must be the one whose log-probs are trained.
+_PLAIN_SAMPLING: dict[str, tuple[Any, ...]] = {
+    "temperature": (1.0,),
+    "top_k": (-1, 0),
+    "top_p": (1.0,),
+    "repetition_penalty": (1.0,),
+    "use_greedy": (False,),
+}
+# Reward shaping that the host folds into advantages of its own, which are not the ones used here.
+_REWARD_SHAPING = ("trainer.grpo.length_penalty_enabled", "trainer.grpo.dapo.length_penalty")
+
+
+def check_host(cfg: DictConfig, apo: ApoSettings) -> None:
+    """Check a whole launch configuration (``trainer``, ``model``) against ``model.apo``.
+
+    Raises:
+        ConfigError: naming key, value and rule.
+    """
+    check_restated(cfg, apo)
+    check_groups(cfg.trainer.grpo, cfg.model)
+    _check_sampling(cfg.model.grpo.sampling_params)
+    _check_optimizer(cfg)
+    for key in _REWARD_SHAPING:
+        value = OmegaConf.select(cfg, key)
+        rule = "shapes rewards inside the host's own advantages; shape them in the environment"
+        require(not value, key, value, rule)
+    check_layout(cfg)
+
+
+def check_groups(grpo: DictConfig, model: DictConfig) -> None:
+    """Sizes that let every optimizer step hold whole groups."""
+    size, batch_size = grpo.samples_per_prompt, model.global_batch_size
+    rollout = grpo.num_prompts_per_grpo_step * size
+    require(size >= 2, "trainer.grpo.samples_per_prompt", size, "a group needs at least 2")
+    require(
+        batch_size % size == 0,
+        "model.global_batch_size",
+        batch_size,
+        f"must be a multiple of trainer.grpo.samples_per_prompt={size}: "
+        "an optimizer step holds whole groups",
+    )
+    require(
+        rollout % batch_size == 0,
+        "model.global_batch_size",
+        batch_size,
+        f"must divide the rollout, num_prompts_per_grpo_step x samples_per_prompt={rollout}",
+    )
+    flask = OmegaConf.select(grpo, "batch_iterator.use_flask")
+    rule = "its iterator draws each prompt once and cannot form groups; use false"
+    require(not flask, "trainer.grpo.batch_iterator.use_flask", flask, rule)
+
+
+def check_restated(cfg: DictConfig, apo: ApoSettings) -> None:
+    """Host keys that restate what ``model.apo`` decides: null, or the same."""
+    for key, meant in restated(apo.objective, apo.regularizers).items():
+        value = OmegaConf.select(cfg, key)
+        if value is None or value == meant:
+            continue
+        name = apo.objective.name
+        if meant is None:
+            raise ConfigError(
+                f"{key}={value}: has no meaning under objective={name}; leave it null"
+            )
+        raise ConfigError(
+            f"{key}={value}: contradicts objective={name}, for which it is {meant}; leave it null "
+            "and set model.apo"
+        )
+
+
+def restated(objective: Objective, regularizers: Regularizers) -> Mapping[str, Any]:
+    """What each of the host's loss keys would have to say; None where it can say nothing true."""
+    clips = isinstance(objective, ClippedRatio)
+    low, high = (objective.clip_low, objective.clip_high) if clips else (None, None)  # type: ignore
+    aggregation = getattr(objective, "aggregation", None)
+    kl_coef = regularizers.kl_coef if regularizers.needs_reference_in_loss else 0.0
+    return {
+        "trainer.grpo.initial_policy_kl_penalty": kl_coef,
+        "trainer.grpo.use_leave_one_out_baseline": objective.advantages == "rloo",
+        "trainer.grpo.normalize_rewards": objective.advantages == "zscore",
+        "trainer.grpo.importance_sample_correct": False,
+        "model.grpo.initial_policy_kl_penalty": kl_coef,
+        "model.grpo.entropy_bonus": regularizers.entropy_coef,
+        "model.grpo.ratio_eps": low if low == high else None,
+        "model.grpo.ratio_eps_low": low,
+        "model.grpo.ratio_eps_high": high,
+        "model.grpo.dapo.token_loss": aggregation in _TOKEN_MEANS,
+        "model.grpo.dapo.clip_higher": low != high if clips else False,
+    }
+
+
+def check_layout(cfg: DictConfig) -> None:
+    """Parallel sizes against the number of ranks and the batch sizes."""
+    world = cfg.trainer.num_nodes * cfg.trainer.devices
+    sizes = {
+        key: OmegaConf.select(cfg.model, key, default=1) or 1
+        for key in (
+            "tensor_model_parallel_size",
+            "pipeline_model_parallel_size",
+            "context_parallel_size",
+        )
+    }
+    product = sizes["tensor_model_parallel_size"] * sizes["pipeline_model_parallel_size"]
+    product *= sizes["context_parallel_size"]
+    shown = " x ".join(f"{key}={value}" for key, value in sizes.items())
+    rule = f"must divide the number of ranks, num_nodes x devices={world}"
+    require(world % product == 0, f"model: {shown}", product, rule)
+    ranks, batch_size = world // product, cfg.model.global_batch_size
+    share = ranks * cfg.model.micro_batch_size
+    require(
+        batch_size % share == 0,
+        "model.global_batch_size",
+        batch_size,
+        f"must be a multiple of data-parallel size x micro_batch_size={share}",
+    )
+
+
+def _check_sampling(sampling: DictConfig) -> None:
+    for key, allowed in _PLAIN_SAMPLING.items():
+        value = sampling.get(key, allowed[0])
+        shown = " or ".join(str(choice) for choice in allowed)
+        rule = f"must be {shown}: the log-probs that are trained are those of the plain policy"
+        require(value in allowed, f"model.grpo.sampling_params.{key}", value, rule)
+
+
+def _check_optimizer(cfg: DictConfig) -> None:
+    clip = cfg.trainer.grpo.gradient_clip_val
+    rule = "must be > 0: the host measures the gradient norm only when it clips, and a gradient "
+    rule += "that is not finite could not be skipped"
+    require(bool(clip) and clip > 0.0, "trainer.grpo.gradient_clip_val", clip, rule)
+    name = cfg.model.optim.name
+    rule = "clips inside its step, so the host's GRPO trainer sees no gradient norm"
+    require(name not in _CLIPS_INSIDE, "model.optim.name", name, rule)
