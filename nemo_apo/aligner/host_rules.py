@@ -5,9 +5,10 @@ what the objective says, so that no value is read as meaning something that it d
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from nemo_apo.aligner.settings import ApoSettings
 from nemo_apo.config import ConfigError, require
@@ -15,6 +16,14 @@ from nemo_apo.core.objectives import ClippedRatio, Objective, Regularizers
 
 # Aggregations that average over the tokens of several sequences at once.
 _TOKEN_MEANS = ("group_token_mean", "batch_token_mean")
+_SIZES = (
+    "trainer.num_nodes",
+    "trainer.devices",
+    "trainer.grpo.num_prompts_per_grpo_step",
+    "trainer.grpo.samples_per_prompt",
+    "model.global_batch_size",
+    "model.micro_batch_size",
+)
 # Optimizers that clip inside their step, where the host's trainer sees no gradient norm.
 _CLIPS_INSIDE = ("mcore_distributed_optim", "megatron_fused_adam")
 # The sampled policy must be the one whose log-probs are trained.
@@ -25,6 +34,9 @@ _PLAIN_SAMPLING: dict[str, tuple[Any, ...]] = {
     "repetition_penalty": (1.0,),
     "use_greedy": (False,),
 }
+# Backends whose sampler is a server that is sent every weight, by the host's table of recipes.
+REFITTED_BACKENDS = ("vllm", "trt_llm_pytorch")
+_BACKEND = "trainer.grpo.inference_backend"
 # Reward shaping that the host folds into advantages of its own, which are not the ones used here.
 _REWARD_SHAPING = ("trainer.grpo.length_penalty_enabled", "trainer.grpo.dapo.length_penalty")
 
@@ -36,6 +48,7 @@ def check_host(cfg: DictConfig, apo: ApoSettings) -> None:
         ConfigError: naming key, value and rule.
     """
     check_restated(cfg, apo)
+    _check_sizes(cfg)
     check_groups(cfg.trainer.grpo, cfg.model)
     _check_sampling(cfg.model.grpo.sampling_params)
     _check_optimizer(cfg)
@@ -43,7 +56,9 @@ def check_host(cfg: DictConfig, apo: ApoSettings) -> None:
         value = OmegaConf.select(cfg, key)
         rule = "shapes rewards inside the host's own advantages; shape them in the environment"
         require(not value, key, value, rule)
+    check_backend(cfg)
     check_layout(cfg)
+    check_model(cfg.model)
 
 
 def check_groups(grpo: DictConfig, model: DictConfig) -> None:
@@ -107,6 +122,59 @@ def restated(objective: Objective, regularizers: Regularizers) -> Mapping[str, A
     }
 
 
+def check_backend(cfg: DictConfig) -> None:
+    """The sampler: one that this host can refit, with all that is trained."""
+    backend = cfg.trainer.grpo.inference_backend
+    kind, rule = backend.type, "the host has no other way to sample; use true"
+    require(bool(backend.enable), f"{_BACKEND}.enable", backend.enable, rule)
+    rule = "is broken in this host: it would need a copy of the weights that only "
+    rule += f"{' and '.join(REFITTED_BACKENDS)} make"
+    require(kind != "trt_llm", f"{_BACKEND}.type", kind, rule)
+    rule = f"must be one of {', '.join(REFITTED_BACKENDS)}"
+    require(kind in REFITTED_BACKENDS, f"{_BACKEND}.type", kind, rule)
+    enabled = [name for name, section in backend.config.items() if section.get("enable")]
+    rule = f"must be the only backend enabled in {_BACKEND}.config, but enabled are: "
+    rule += ", ".join(enabled) or "none"
+    require(enabled == [kind], f"{_BACKEND}.type", kind, rule)
+    copied = OmegaConf.select(cfg, "model.grpo.inference_backend")
+    rule = f"differs from {_BACKEND}, of which it is the actor's copy"
+    require(copied == backend, "model.grpo.inference_backend", copied, rule)
+    scheme = OmegaConf.select(cfg, "model.peft.peft_scheme", default="none")
+    rule = f"must be none: with {_BACKEND}.type={kind} the host sends no adapter to the sampler"
+    require(scheme == "none", "model.peft.peft_scheme", scheme, rule)
+    ranks = OmegaConf.select(cfg, "model.context_parallel_size", default=1) or 1
+    rule = f"needs {_BACKEND}.reshard=true: each context rank would sample other answers to the "
+    rule += "prompts that they share"
+    require(ranks == 1 or bool(backend.reshard), "model.context_parallel_size", ranks, rule)
+
+
+def check_model(model: DictConfig) -> None:
+    """Norms of query and key; a checkpoint's own configuration may ask for them too."""
+    if not model.get("qk_layernorm"):
+        return
+    rule = "has no norms of query and key, which model.qk_layernorm=true asks for; use true"
+    require(bool(model.get("mcore_gpt", True)), "model.mcore_gpt", model.get("mcore_gpt"), rule)
+    size = model.get("tensor_model_parallel_size") or 1
+    rule = "needs model.sequence_parallel=true: every tensor rank holds the norms of query and key "
+    rule += "(model.qk_layernorm), and without it they would drift apart"
+    fits = size == 1 or bool(model.get("sequence_parallel"))
+    require(fits, "model.tensor_model_parallel_size", size, rule)
+
+
+def check_inputs(cfg: DictConfig) -> None:
+    """The files that a run starts from."""
+    key = "pretrained_checkpoint.restore_from_path"
+    path = OmegaConf.select(cfg, key)
+    rule = "must name the .nemo file or folder of the model to start from"
+    require(path is not None and Path(path).exists(), key, path, rule)
+    for split in ("train", "validation"):
+        key = f"model.data.data_prefix.{split}"
+        files = OmegaConf.select(cfg, key)
+        rule = "must be a list of one JSON-lines file that exists; the host reads only the first"
+        fits = isinstance(files, ListConfig) and len(files) == 1 and Path(files[0]).is_file()
+        require(fits, key, files, rule)
+
+
 def check_layout(cfg: DictConfig) -> None:
     """Parallel sizes against the number of ranks and the batch sizes."""
     world = cfg.trainer.num_nodes * cfg.trainer.devices
@@ -131,6 +199,17 @@ def check_layout(cfg: DictConfig) -> None:
         batch_size,
         f"must be a multiple of data-parallel size x micro_batch_size={share}",
     )
+    prompts = cfg.trainer.grpo.num_prompts_per_grpo_step
+    rule = f"must be a multiple of the data-parallel size={ranks}"
+    require(prompts % ranks == 0, "trainer.grpo.num_prompts_per_grpo_step", prompts, rule)
+
+
+def _check_sizes(cfg: DictConfig) -> None:
+    """Numbers that the other rules reckon with."""
+    for key in _SIZES:
+        value = OmegaConf.select(cfg, key, throw_on_missing=True)
+        fits = type(value) is int and value >= 1
+        require(fits, key, value, "must be a whole number of at least 1")
 
 
 def _check_sampling(sampling: DictConfig) -> None:

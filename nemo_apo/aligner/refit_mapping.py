@@ -22,6 +22,7 @@ Recipe = Mapping[str, Any]
 
 _ATTENTION = "model.decoder.layers.{l}.self_attention."
 _HF_ATTENTION = "model.layers.{gl}.self_attn."
+_LAYER_NUMBER = re.compile(r"(?<=\.layers\.)\d+(?=\.)")
 # What Transformer Engine saves beside weights ends so.
 _NOT_WEIGHTS = ("_extra_state",)
 
@@ -89,6 +90,15 @@ def unmapped_weights(state_dict_keys: Iterable[str], mapping: Mapping[str, Recip
     known = _matcher(mapping)
     weights = (key for key in state_dict_keys if not key.endswith(_NOT_WEIGHTS))
     return [key for key in weights if not known(key)]
+
+
+def unmapped_rule(names: Iterable[str]) -> str:
+    """What is wrong with weights that have no recipe; the same weight of all layers, once."""
+    kinds = sorted({_LAYER_NUMBER.sub("{l}", name) for name in names})
+    return (
+        "the host has no recipe to send these weights of the model to the sampler, which would "
+        f"keep its own: {', '.join(kinds)}"
+    )
 
 
 def _matcher(mapping: Mapping[str, Recipe]) -> Callable[[str], object]:
