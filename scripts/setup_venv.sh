@@ -1,7 +1,9 @@
-# Sourced by the other scripts: a virtual environment in .venv that matches requirements/.
+# Sourced by the other scripts: virtual environments that match requirements/.
 #
-#   setup_venv run     what training needs     (requirements/run.txt)
-#   setup_venv test    the checks as well      (requirements/test.txt)
+#   setup_venv run       .venv: what training needs                  (requirements/run.txt)
+#   setup_venv test      .venv: the checks as well                   (requirements/test.txt)
+#   setup_venv aligner   .venv-aligner: the tests against NeMo-Aligner, with this package's wheel
+#                        (requirements/aligner.txt, aligner-host.txt)
 #
 # Sets ROOT (the repository) and VENV. An environment whose pins have not changed is reused as is.
 # PYTHON=... chooses its interpreter.
@@ -9,6 +11,7 @@
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 VENV=$ROOT/.venv
+MAIN_VENV=$ROOT/.venv
 NEEDED_KB=$((3 * 1024 * 1024))
 
 fail() {
@@ -19,6 +22,8 @@ fail() {
 setup_venv() {
     local kind=$1
     local python
+    VENV=$MAIN_VENV
+    [[ $kind != aligner ]] || VENV=$ROOT/.venv-aligner
     python=${PYTHON:-$(usual_python)}
     check_python "$python"
     # A lock on a file that is always there: no second process touches .venv until this one is done.
@@ -34,13 +39,14 @@ setup_venv() {
         install_venv "$kind" "$python"
         echo "$pins" >"$stamp"
     fi
+    [[ $kind != aligner ]] || install_wheel
     exec 9<&-
 }
 
 # The interpreter of a finished .venv, so that one made with PYTHON=... is kept, else python3.
 usual_python() {
-    if compgen -G "$VENV/.stamp-*" >/dev/null && [[ -x $VENV/bin/python ]]; then
-        echo "$VENV/bin/python"
+    if compgen -G "$MAIN_VENV/.stamp-*" >/dev/null && [[ -x $MAIN_VENV/bin/python ]]; then
+        echo "$MAIN_VENV/bin/python"
     else
         echo python3
     fi
@@ -61,9 +67,12 @@ pins_of() {
 import hashlib, pathlib, sys
 
 kind, root = sys.argv[1], pathlib.Path(sys.argv[2])
-names = ["requirements/run.txt", "requirements/cuda.txt", "pyproject.toml"]
-names += ["requirements/test.txt"] if kind == "test" else []
-contents = b"".join((root / name).read_bytes() for name in names)
+files = {
+    "run": ["run.txt", "cuda.txt", "../pyproject.toml"],
+    "test": ["run.txt", "cuda.txt", "../pyproject.toml", "test.txt"],
+    "aligner": ["aligner.txt", "aligner-host.txt", "cuda.txt"],
+}
+contents = b"".join((root / "requirements" / name).read_bytes() for name in files[kind])
 print(sys.version.split()[0], sys.base_prefix, root, hashlib.sha256(contents).hexdigest())
 PY
 }
@@ -72,19 +81,49 @@ install_venv() {
     local kind=$1 python=$2
     make_venv "$python"
     check_space
-    local log=$VENV/install.log
-    echo "installing requirements/$kind.txt into .venv (some minutes; log: .venv/install.log)" >&2
-    # The package itself is a link to this folder; the pins hold its build backend already.
-    if ! {
-        "$VENV/bin/python" -m pip install -r "$ROOT/requirements/$kind.txt" &&
-            "$VENV/bin/python" -m pip install --no-deps --no-build-isolation -e "$ROOT"
-    } >"$log" 2>&1; then
+    local name log=$VENV/install.log
+    name=$(basename "$VENV")
+    echo "installing requirements/$kind.txt into $name (some minutes; log: $name/install.log)" >&2
+    if ! { install_pins "$kind"; } >"$log" 2>&1; then
         grep -i 'error' "$log" | tail -n 3 >&2 || true
         fail "pip could not install requirements/$kind.txt (network or disk?); all of it: $log"
     fi
 }
 
-# Makes .venv anew unless it works and belongs to this interpreter.
+install_pins() {
+    "$VENV/bin/python" -m pip install -r "$ROOT/requirements/$1.txt" || return
+    if [[ $1 == aligner ]]; then
+        "$VENV/bin/python" -m pip install --no-deps -r "$ROOT/requirements/aligner-host.txt"
+    else
+        # The package itself is a link to this folder; the pins hold its build backend already.
+        "$VENV/bin/python" -m pip install --no-deps --no-build-isolation -e "$ROOT"
+    fi
+}
+
+# Builds this package's wheel and installs it as one would in a NeMo container: nothing that is
+# there already may change.
+install_wheel() {
+    local before after folder log=$VENV/wheel.log
+    folder=$(mktemp -d)
+    before=$(other_packages)
+    if ! {
+        "$VENV/bin/python" -m pip wheel --no-deps --no-build-isolation -w "$folder" "$ROOT" &&
+            "$VENV/bin/python" -m pip install --no-deps --force-reinstall "$folder"/*.whl
+    } >"$log" 2>&1; then
+        fail "the wheel could not be built or installed; all of it: $log"
+    fi
+    rm -r "$folder"
+    after=$(other_packages)
+    [[ $before == "$after" ]] ||
+        fail "installing the wheel changed other packages: $(diff <(echo "$before") <(echo "$after"))"
+}
+
+other_packages() {
+    "$VENV/bin/python" -m pip list --format=freeze --disable-pip-version-check 2>/dev/null |
+        grep -v '^nemo_apo=='
+}
+
+# Makes the environment anew unless it works and belongs to this interpreter.
 make_venv() {
     local python=$1
     local version='import sys; print(sys.version)'

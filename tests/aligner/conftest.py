@@ -7,6 +7,7 @@ run that is meant to have it cannot pass by skipping.
 
 import importlib.metadata
 import os
+from pathlib import Path
 
 import pytest
 
@@ -32,20 +33,35 @@ def pytest_configure(config: pytest.Config) -> None:
         cpu_host.choose_aligner()
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out, of this folder's tests, those that belong to another environment."""
+    here = Path(__file__).parent
+    apart = [item for item in items if here in item.path.parents and not _belongs(item)]
+    if apart:
+        config.hook.pytest_deselected(items=apart)
+        items[:] = [item for item in items if item not in apart]
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip a test whose host is not here, or fail it where the host was promised."""
-    marks = {mark.name for mark in item.iter_markers()}
-    if not marks & {"pinned", "released", "branch"}:
-        return
-    if missing := _missing_pins():
-        reason = f"not installed: {', '.join(missing)}"
-        if os.environ.get(PINS_VARIABLE) == "1":
-            pytest.fail(f"{PINS_VARIABLE}=1, but {reason}", pytrace=False)
-        pytest.skip(reason)
-    if "branch" in marks and not cpu_host.uses_branch():
-        pytest.skip(f"{cpu_host.BRANCH_VARIABLE} names no checkout of the branch")
-    if "released" in marks and cpu_host.uses_branch():
-        pytest.skip(f"{cpu_host.BRANCH_VARIABLE} puts the branch in the release's place")
+    """Fail a test whose host was promised and is not here."""
+    if _marks(item) and (missing := _missing_pins()):
+        pytest.fail(f"{PINS_VARIABLE}=1, but not installed: {', '.join(missing)}", pytrace=False)
+
+
+def _belongs(item: pytest.Item) -> bool:
+    """Whether this environment is the one for the test."""
+    marks = _marks(item)
+    promised = os.environ.get(PINS_VARIABLE) == "1"
+    if not marks:
+        return not promised
+    if not promised and _missing_pins():
+        return False
+    return ("released" if cpu_host.uses_branch() else "branch") not in marks
+
+
+def _marks(item: pytest.Item) -> set[str]:
+    """The marks of a test that say which host it needs."""
+    return {mark.name for mark in item.iter_markers()} & {"pinned", "released", "branch"}
 
 
 def _missing_pins() -> list[str]:
