@@ -34,7 +34,7 @@ choose_aligner_arguments() {
 # The tests that need NeMo-Aligner; pytest's status 5 means that the arguments chose none of them.
 run_pinned() {
     local status=0
-    env NEMO_APO_ALIGNER_PINS=1 "$@" || status=$?
+    NEMO_APO_ALIGNER_PINS=1 "$@" || status=$?
     ((status == 5)) || return "$status"
 }
 
@@ -53,7 +53,7 @@ if ((${#aligner_arguments[@]} > 0)); then
     setup_venv aligner
     pinned=("$VENV/bin/python" -m pytest "${aligner_arguments[@]}")
     echo "test.sh: against the released NeMo-Aligner" >&2
-    run_pinned -u NEMO_ALIGNER_GRPO_PATH "${pinned[@]}" || status=$?
+    run_pinned env -u NEMO_ALIGNER_GRPO_PATH "${pinned[@]}" || status=$?
     if [[ -n ${NEMO_ALIGNER_GRPO_PATH:-} ]]; then
         echo "test.sh: against the branch in $NEMO_ALIGNER_GRPO_PATH" >&2
         run_pinned "${pinned[@]}" || status=$?

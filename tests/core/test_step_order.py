@@ -34,7 +34,7 @@ def rollouts(draw: st.DrawFn) -> tuple[list[int], int, int, int]:
     per_step = draw(st.integers(1, 4))
     steps = draw(st.integers(1, 4))
     ranks = draw(st.sampled_from([r for r in range(1, 9) if (per_step * size) % r == 0]))
-    ids = draw(st.permutations([group for group in range(per_step * steps)] * size))
+    ids = draw(st.permutations(list(range(per_step * steps)) * size))
     return ids, size, per_step * size, ranks
 
 
