@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from nemo_apo import record
 from tests.aligner import grpo_session, shards
 from tests.aligner import whole_group_loss as oracle
 from tests.aligner.grpo_session import Case
@@ -61,8 +62,7 @@ def run_case(rank: int, case: Case, full: dict[str, Tensor] | None) -> dict[str,
         "weights": weights,
         "tp_rank": parallel_state.get_tensor_model_parallel_rank(),
         "pp_rank": parallel_state.get_pipeline_model_parallel_rank(),
-        "log": session.log.lines,
-        "state": session.actor.apo_state.state_dict(session.actor.apo),
+        "metrics": session.trainer._settled.metrics,
     }
 
 
@@ -163,6 +163,8 @@ def test_layouts_equal_autograd_on_one_rank(
                 whole, rank["tp_rank"], split.tp, rank["pp_rank"], split.pp, num_layers=2
             )
             assert relative_gap(found, mine) < 1e-5
+        entropy = single["metrics"][record.TOKEN_ENTROPY]
+        assert rank["metrics"][record.TOKEN_ENTROPY] == pytest.approx(entropy, rel=1e-6)
 
 
 CUTS = [(dp, size) for dp in (1, 2) for size in (1, 2, 4)]
