@@ -26,7 +26,7 @@ from nemo_apo.core.anchoring import sequence_sums
 from nemo_apo.core.objectives import ClippedRatio, Objective
 from nemo_apo.core.objectives.interface import masked
 from nemo_apo.parallel.gather import all_gather_rows, broadcast_from_last, sum_over
-from nemo_apo.parallel.logprobs import vocab_parallel_logprobs
+from nemo_apo.parallel.logits_logprobs import vocab_parallel_logprobs
 
 # What a micro-batch keeps besides the log-prob sums of its sequences, in this order.
 _TOTALS = ("loss", "clipped", "tokens", "ratio", "ratio_clamped", "entropy")

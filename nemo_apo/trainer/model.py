@@ -1,5 +1,7 @@
 """A Qwen3-shaped ``GPTModel`` of real megatron-core, its DDP wrapper and its optimizer."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -9,10 +11,31 @@ from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
+from torch import Tensor
 
 from nemo_apo.config import ModelConfig, OptimizerConfig
 from nemo_apo.parallel.layout import Layout
 from nemo_apo.parallel.step import plain_sum
+
+
+class HiddenStateGPT(GPTModel):
+    """A ``GPTModel`` whose last stage hands over hidden states [B, T, H] in place of logits.
+
+    The output layer is applied by ``nemo_apo.parallel.logprobs``, which never holds the logits of
+    a batch. With an inference context the model gives logits as ever.
+    """
+
+    @property
+    def output_weight(self) -> torch.nn.Parameter:
+        """This rank's rows of the output layer."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
+    def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not self.post_process or kwargs.get("inference_context") is not None:
+            return super()._postprocess(hidden_states, *args, **kwargs)
+        return hidden_states.transpose(0, 1)
 
 
 def transformer_config(model: ModelConfig, layout: Layout) -> TransformerConfig:
@@ -65,9 +88,9 @@ def _build(
     max_sequence_length: int,
     stage: tuple[bool, bool],
     groups: ProcessGroupCollection | None,
-) -> GPTModel:
+) -> HiddenStateGPT:
     pre_process, post_process = stage
-    return GPTModel(
+    return HiddenStateGPT(
         config=config,
         transformer_layer_spec=get_gpt_layer_local_spec(
             qk_layernorm=model.qk_layernorm, normalization="RMSNorm"
@@ -110,7 +133,7 @@ def build_replica(
     vocab_size: int,
     max_sequence_length: int,
     groups: ProcessGroupCollection,
-) -> GPTModel:
+) -> HiddenStateGPT:
     """The whole model on this rank alone, in evaluation mode and without gradients."""
     config = _transformer_config(model, layout, 1, 1)
     gpt = _build(model, config, layout, vocab_size, max_sequence_length, (True, True), groups)

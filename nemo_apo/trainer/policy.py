@@ -19,7 +19,7 @@ from nemo_apo.config import ModelConfig, OptimizerConfig, padded_vocab_size
 from nemo_apo.core.objectives import Columns
 from nemo_apo.parallel.gather import all_gather_rows, all_true, broadcast_from_last, sum_over
 from nemo_apo.parallel.layout import Layout, single_rank_groups
-from nemo_apo.parallel.logprobs import vocab_parallel_logprobs
+from nemo_apo.parallel.logprobs import linear_logprobs
 from nemo_apo.parallel.step import (
     LossFunction,
     read_micro_batches,
@@ -175,20 +175,34 @@ class Policy:
             for parameter, values in zip(parameters, own, strict=True):
                 parameter.data = values
 
-    def token_logprobs(self, logits_BTv: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        """Log-probs of the targets and entropies under the tempered policy, [B, T] each."""
-        return vocab_parallel_logprobs(
-            logits_BTv.float() / self.temperature,
-            batch.targets_BT,
-            self.vocab_size,
-            self.layout.tensor_group,
+    def token_logprobs(self, hidden_BTH: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        """Log-probs of the targets and entropies under the tempered policy, [B, T] each.
+
+        Only completion tokens are computed; elsewhere both are 0.
+        """
+        rows_n = batch.mask_BT.reshape(-1).nonzero().squeeze(1)
+        hidden_nH = hidden_BTH.reshape(-1, hidden_BTH.shape[-1])[rows_n]
+        values_n = linear_logprobs(
+            hidden_nH,
+            self.model.module.output_weight,
+            batch.targets_BT.reshape(-1)[rows_n],
+            vocab_size=self.vocab_size,
+            group=self.layout.tensor_group,
+            temperature=self.temperature,
         )
+        logprobs_BT, entropy_BT = (
+            value_n.new_zeros(batch.mask_BT.numel())
+            .index_put((rows_n,), value_n)
+            .view(batch.mask_BT.shape)
+            for value_n in values_n
+        )
+        return logprobs_BT, entropy_BT
 
     def read_logprobs(self, batch: MicroBatch, micro_batch_size: int) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies of N rows without gradient, [N, T] each, on the CPU."""
 
-        def read(logits_BTv: Tensor, micro_batch: MicroBatch) -> dict[str, Tensor]:
-            logprobs_BT, entropy_BT = self.token_logprobs(logits_BTv, micro_batch)
+        def read(hidden_BTH: Tensor, micro_batch: MicroBatch) -> dict[str, Tensor]:
+            logprobs_BT, entropy_BT = self.token_logprobs(hidden_BTH, micro_batch)
             return {"both": torch.stack([logprobs_BT, entropy_BT], dim=1)}
 
         micro_batches = self._share(batch, micro_batch_size)

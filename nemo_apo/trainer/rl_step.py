@@ -282,12 +282,12 @@ class RLStep:
             ),
         )
 
-    def _loss(self, logits_BTv: Tensor, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    def _loss(self, hidden_BTH: Tensor, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """The micro-batch's loss, a sum: objective plus regularizers."""
         config = self.config
         columns = batch.columns
         assert columns is not None
-        logprobs_BT, entropy_BT = self.policy.token_logprobs(logits_BTv, batch)
+        logprobs_BT, entropy_BT = self.policy.token_logprobs(hidden_BTH, batch)
         inputs = TokenInputs(
             logprobs_BT=logprobs_BT,
             old_logprobs_BT=known(batch.old_logprobs_BT),

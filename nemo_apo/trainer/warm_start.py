@@ -69,9 +69,9 @@ def demonstration_batch(task: Task, examples: list[tuple[Prompt, list[int]]]) ->
 
 
 def _loss(policy: Policy) -> Callable[[Tensor, MicroBatch], tuple[Tensor, dict[str, Tensor]]]:
-    def loss(logits_BTv: Tensor, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(hidden_BTH: Tensor, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
         assert batch.columns is not None
-        logprobs_BT, _ = policy.token_logprobs(logits_BTv, batch)
+        logprobs_BT, _ = policy.token_logprobs(hidden_BTH, batch)
         sums_B = torch.where(batch.mask_BT, logprobs_BT, 0.0).sum(dim=1)
         value = (batch.columns.coefficient_N.to(sums_B.dtype) * sums_B).sum()
         return value, {

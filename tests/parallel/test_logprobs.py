@@ -1,124 +1,132 @@
-"""Vocabulary-parallel log-probs and entropy against plain float64 torch, on 1, 2 and 4 ranks."""
+"""Log-probs from hidden states against the definition in float64, on 1, 2 and 4 ranks."""
 
-import math
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nemo_apo.parallel.logprobs import vocab_parallel_logprobs
+from nemo_apo.parallel import logprobs as kernel
+from nemo_apo.parallel.logprobs import MODES, linear_logprobs
 
 from .ranks import run_ranks
 
-VOCAB = 12
+TOKENS, HIDDEN, VOCAB = 90, 8, 37
 
 
 @dataclass
 class Numbers:
     logprobs: Tensor
     entropy: Tensor
-    grad: Tensor
+    grad_hidden: Tensor
+    grad_weight: Tensor
 
 
-def example(width: int, scale: float = 3.0, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Logits [2, 6, width]."""
-    generator = torch.Generator().manual_seed(7)
-    logits = torch.randn(2, 6, VOCAB, generator=generator, dtype=torch.float64) * scale
-    padding = torch.zeros(2, 6, width - VOCAB, dtype=torch.float64)
-    return torch.cat([logits, padding], dim=-1).to(dtype)
+@dataclass(frozen=True)
+class Example:
+    """Hidden states, output layer (rows beyond VOCAB are padding), targets, slopes of the loss."""
+
+    hidden: Tensor
+    weight: Tensor
+    targets: Tensor
+    slopes: Tensor
+
+    def to(self, dtype: torch.dtype) -> "Example":
+        return Example(self.hidden.to(dtype), self.weight.to(dtype), self.targets, self.slopes)
 
 
-# Every token id once, so that each rank holds some of the targets.
-TARGETS = torch.arange(VOCAB).reshape(2, 6)
-# Weights of the 2 x 6 log-probs and entropies in the sum that is differentiated.
-WEIGHTS = torch.linspace(-1.0, 2.0, 24, dtype=torch.float64).reshape(2, 2, 6)
+def example(width: int = VOCAB, scale: float = 1.0) -> Example:
+    draw = torch.Generator().manual_seed(11)
+    hidden = torch.randn(TOKENS, HIDDEN, generator=draw, dtype=torch.float64)
+    weight = scale * torch.randn(VOCAB, HIDDEN, generator=draw, dtype=torch.float64)
+    padding = torch.full((width - VOCAB, HIDDEN), 1e30, dtype=torch.float64)
+    # Every token id is a target, the first and the last of each chunk and shard among them.
+    targets = torch.arange(TOKENS) % VOCAB
+    slopes = torch.randn(2, TOKENS, generator=draw, dtype=torch.float64)
+    return Example(hidden, torch.cat([weight, padding]), targets, slopes)
 
 
-def expected(logits: Tensor) -> Numbers:
-    """The same by the definition, on the unpadded vocabulary, in float64."""
-    leaf = logits.detach().to(torch.float64).requires_grad_()
-    log_p = torch.log_softmax(leaf[..., :VOCAB], dim=-1)
-    logprobs = log_p.gather(-1, TARGETS.unsqueeze(-1)).squeeze(-1)
-    entropy = -(log_p.exp() * log_p).sum(-1)
-    (WEIGHTS[0] * logprobs + WEIGHTS[1] * entropy).sum().backward()
-    assert leaf.grad is not None
-    return Numbers(logprobs.detach(), entropy.detach(), leaf.grad)
+def expected(case: Example, temperature: float = 1.0, entropy_slope: float = 1.0) -> Numbers:
+    """By the definition, on the unpadded vocabulary, in float64."""
+    hidden = case.hidden.double().clone().requires_grad_()
+    weight = case.weight.double().clone().requires_grad_()
+    log_p = torch.log_softmax(hidden @ weight[:VOCAB].t() / temperature, dim=-1)
+    logprobs = log_p.gather(-1, case.targets[:, None]).squeeze(-1)
+    entropy = -(log_p.exp() * log_p).sum(dim=-1)
+    (case.slopes[0] * logprobs + entropy_slope * case.slopes[1] * entropy).sum().backward()
+    assert hidden.grad is not None
+    assert weight.grad is not None
+    return Numbers(logprobs.detach(), entropy.detach(), hidden.grad, weight.grad)
 
 
-def computed(logits: Tensor) -> Numbers:
-    """By the code, from this rank's slice of the logits."""
-    width = logits.shape[-1] // dist.get_world_size()
-    part = logits[..., dist.get_rank() * width :][..., :width]
-    leaf = part.detach().clone().requires_grad_()
-    logprobs, entropy = vocab_parallel_logprobs(leaf, TARGETS, VOCAB, dist.group.WORLD)
-    (WEIGHTS[0] * logprobs + WEIGHTS[1] * entropy).sum().backward()
-    assert leaf.grad is not None
-    return Numbers(logprobs.detach(), entropy.detach(), leaf.grad)
+def computed(case: Example, entropy_slope: float | None = 1.0, **options: Any) -> Numbers:
+    """By the code, with this rank's rows of the output layer."""
+    width = len(case.weight) // dist.get_world_size()
+    hidden = case.hidden.clone().requires_grad_()
+    weight = case.weight[dist.get_rank() * width :][:width].clone().requires_grad_()
+    options = {"vocab_size": VOCAB, "group": dist.group.WORLD, **options}
+    logprobs, entropy = linear_logprobs(hidden, weight, case.targets, **options)
+    loss = (case.slopes[0] * logprobs).sum()
+    if entropy_slope is not None:
+        loss = loss + (entropy_slope * case.slopes[1] * entropy).sum()
+    loss.backward()
+    assert hidden.grad is not None
+    assert weight.grad is not None
+    return Numbers(logprobs.detach(), entropy.detach(), hidden.grad, weight.grad)
 
 
-def assert_equal(numbers: Numbers, wanted: Numbers, tolerance: float = 1e-12) -> None:
-    for name in ("logprobs", "entropy", "grad"):
-        actual = getattr(numbers, name).to(torch.float64)
-        torch.testing.assert_close(
-            actual, getattr(wanted, name), rtol=tolerance, atol=tolerance, msg=name
-        )
+def assert_equal(found: Numbers, wanted: Numbers, tolerance: float = 1e-12) -> None:
+    for name in ("logprobs", "entropy", "grad_hidden", "grad_weight"):
+        actual, right = getattr(found, name).double(), getattr(wanted, name)
+        gap = float((actual - right).abs().max() / right.abs().max())
+        assert gap <= tolerance, (name, gap)
 
 
-def test_one_rank_follows_the_definition() -> None:
+@pytest.fixture(autouse=True)
+def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several chunks of the vocabulary, the last one short, and several blocks of tokens."""
+    monkeypatch.setattr(kernel, "CHUNK", 10)
+    monkeypatch.setattr(kernel, "_CPU_ROWS", 32)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_one_rank_follows_the_definition(mode: str, temperature: float) -> None:
     def work() -> None:
-        assert_equal(computed(example(VOCAB)), expected(example(VOCAB)))
-        # Large logits overflow exp unless the peak is taken off first.
-        large = example(VOCAB, scale=2000.0)
-        assert_equal(computed(large), expected(large))
-        # All tokens alike: the entropy is log V.
-        flat = torch.full((2, 6, VOCAB), 5.0, dtype=torch.float64)
-        torch.testing.assert_close(
-            computed(flat).entropy, torch.full((2, 6), math.log(VOCAB), dtype=torch.float64)
-        )
+        for case in (example(), example(scale=400.0)):
+            found = computed(case, temperature=temperature, mode=mode)
+            assert_equal(found, expected(case, temperature))
 
     run_ranks(1, work)
 
 
 def test_gradients_pass_gradcheck() -> None:
     def work() -> None:
-        logits = example(VOCAB + 2).requires_grad_()
+        case = example(VOCAB)
+        hidden = case.hidden[:5].requires_grad_()
+        weight = case.weight.requires_grad_()
 
-        def both(x: Tensor) -> tuple[Tensor, Tensor]:
-            return vocab_parallel_logprobs(x, TARGETS, VOCAB, dist.group.WORLD)
-
-        assert torch.autograd.gradcheck(both, (logits,))
-
-    run_ranks(1, work)
-
-
-@pytest.mark.parametrize("filler", [1e30, float("inf"), float("nan")])
-def test_padding_columns_take_no_part(filler: float) -> None:
-    def work() -> None:
-        wanted = expected(example(16))
-        padded = example(16)
-        padded[..., VOCAB:] = filler
-        numbers = computed(padded)
-        assert_equal(numbers, wanted)
-        assert (numbers.grad[..., VOCAB:] == 0.0).all()
-
-    run_ranks(1, work)
-
-
-def test_bf16_logits_are_computed_in_float32() -> None:
-    def work() -> None:
-        logits = example(16, dtype=torch.bfloat16)
-        wanted = expected(logits)
-        numbers = computed(logits)
-        assert numbers.logprobs.dtype == numbers.entropy.dtype == torch.float32
-        assert numbers.grad.dtype == torch.bfloat16
-        for name in ("logprobs", "entropy"):
-            torch.testing.assert_close(
-                getattr(numbers, name).double(), getattr(wanted, name), rtol=2e-6, atol=2e-6
+        def both(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+            return linear_logprobs(
+                hidden,
+                weight,
+                case.targets[:5],
+                vocab_size=VOCAB - 3,
+                group=dist.group.WORLD,
+                temperature=1.3,
             )
-        # The gradient is rounded once, at the end: half a unit in the last of bf16's 8 bits.
-        torch.testing.assert_close(numbers.grad.double(), wanted.grad, rtol=2**-8, atol=1e-6)
+
+        assert torch.autograd.gradcheck(both, (hidden, weight))
+
+    run_ranks(1, work)
+
+
+def test_without_a_slope_into_the_entropy_its_part_is_left_out() -> None:
+    def work() -> None:
+        found = computed(example(), entropy_slope=None)
+        assert_equal(found, expected(example(), entropy_slope=0.0))
 
     run_ranks(1, work)
 
@@ -126,28 +134,110 @@ def test_bf16_logits_are_computed_in_float32() -> None:
 @pytest.mark.parametrize(
     ("world_size", "width"),
     [
-        pytest.param(2, 12, id="two ranks, no padding"),
-        pytest.param(2, 20, id="two ranks, padding in the last"),
-        pytest.param(4, 16, id="four ranks, the last holds padding only"),
-        pytest.param(4, 28, id="four ranks, padding within the second, the rest padding only"),
+        pytest.param(1, 40, id="one rank, padding"),
+        pytest.param(2, 38, id="two ranks, padding in the last"),
+        pytest.param(4, 60, id="four ranks, padding within the third, the last padding only"),
     ],
 )
-def test_shards_give_what_one_rank_gives(world_size: int, width: int) -> None:
-    logits = example(width)
-    logits[..., VOCAB:] = float("nan")
-    wanted = expected(torch.nan_to_num(logits))
-
-    ranks = run_ranks(world_size, lambda: computed(logits))
-    shards = torch.cat([numbers.grad for numbers in ranks], dim=-1)
+@pytest.mark.parametrize("mode", MODES)
+def test_shards_give_what_one_rank_gives(world_size: int, width: int, mode: str) -> None:
+    case = example(width)
+    wanted = expected(case)
+    ranks = run_ranks(world_size, lambda: computed(case, mode=mode))
+    whole = torch.cat([numbers.grad_weight for numbers in ranks])
     for numbers in ranks:
-        assert_equal(Numbers(numbers.logprobs, numbers.entropy, shards), wanted)
+        found = Numbers(numbers.logprobs, numbers.entropy, numbers.grad_hidden, whole)
+        assert_equal(found, wanted)
+        assert (whole[VOCAB:] == 0.0).all()
 
 
-def test_shards_agree_in_float32() -> None:
-    logits = example(16, dtype=torch.float32)
-    wanted = expected(logits)
+def test_three_collectives_over_the_tensor_ranks() -> None:
+    def work() -> list[int]:
+        sizes: list[int] = []
+        reduce = dist.all_reduce
 
-    ranks = run_ranks(2, lambda: computed(logits))
-    shards = torch.cat([numbers.grad for numbers in ranks], dim=-1)
-    for numbers in ranks:
-        assert_equal(Numbers(numbers.logprobs, numbers.entropy, shards), wanted, 3e-6)
+        def counted(values: Tensor, *args: Any, **kwargs: Any) -> Any:
+            sizes.append(values.numel())
+            return reduce(values, *args, **kwargs)
+
+        dist.all_reduce = counted
+        try:
+            computed(example(38))
+        finally:
+            dist.all_reduce = reduce
+        return sizes
+
+    for sizes in run_ranks(2, work):
+        assert sizes == [TOKENS, 3 * TOKENS, TOKENS * HIDDEN]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_float32_is_computed_in_float32(mode: str) -> None:
+    def work() -> None:
+        case = example().to(torch.float32)
+        assert_equal(computed(case, mode=mode), expected(case), tolerance=1e-6)
+
+    run_ranks(1, work)
+
+
+def test_bf16_inputs_with_exact_logits() -> None:
+    """Only the slopes of the products are rounded to bf16, not the log-probs."""
+
+    def work() -> None:
+        case = example().to(torch.bfloat16)
+        found, wanted = computed(case, mode="exact"), expected(case)
+        assert found.logprobs.dtype == found.entropy.dtype == torch.float32
+        assert found.grad_hidden.dtype == found.grad_weight.dtype == torch.bfloat16
+        for name in ("logprobs", "entropy"):
+            gap = (getattr(found, name).double() - getattr(wanted, name)).abs().max()
+            assert float(gap) < 2e-5
+        for name in ("grad_hidden", "grad_weight"):
+            actual, right = getattr(found, name).double(), getattr(wanted, name)
+            assert float((actual - right).abs().max() / right.abs().max()) < 2e-2
+
+    run_ranks(1, work)
+
+
+@pytest.mark.parametrize("mode", ["bf16", "keep_logits"])
+def test_bf16_logits_are_what_their_rounding_says(mode: str) -> None:
+    """Against the definition on the rounded logits, in float64."""
+
+    def work() -> None:
+        case = example().to(torch.bfloat16)
+        logits = (case.hidden @ case.weight.t()).double()
+        log_p = torch.log_softmax(logits, dim=-1)
+        found = computed(case, mode=mode)
+        wanted = log_p.gather(-1, case.targets[:, None]).squeeze(-1)
+        assert float((found.logprobs.double() - wanted).abs().max()) < 1e-5
+        assert_equal(found, expected(case), tolerance=5e-2)
+
+    run_ranks(1, work)
+
+
+def test_no_tokens_keep_the_graph_connected() -> None:
+    def work() -> None:
+        case = example()
+        none = Example(case.hidden[:0], case.weight, case.targets[:0], case.slopes[:, :0])
+        found = computed(none)
+        assert found.logprobs.shape == (0,)
+        assert (found.grad_weight == 0.0).all()
+
+    run_ranks(1, work)
+
+
+def test_hidden_states_that_are_not_contiguous() -> None:
+    def work() -> None:
+        case = example()
+        crossed = Example(case.hidden.t().contiguous().t(), case.weight, case.targets, case.slopes)
+        assert not crossed.hidden.is_contiguous()
+        assert_equal(computed(crossed), expected(case))
+
+    run_ranks(1, work)
+
+
+def test_an_unknown_mode_is_refused() -> None:
+    def work() -> None:
+        with pytest.raises(ValueError, match="mode must be one of exact, bf16, keep_logits, got"):
+            computed(example(), mode="fast")
+
+    run_ranks(1, work)

@@ -13,6 +13,7 @@ from torch import Tensor
 from nemo_apo.parallel import layout as parallel_layout
 from nemo_apo.parallel.step import causal_mask
 from nemo_apo.tasks import Prompt
+from nemo_apo.trainer.model import HiddenStateGPT
 from nemo_apo.trainer.policy import MicroBatch, Policy
 from nemo_apo.trainer.rollouts import Completions, assemble
 from nemo_apo.trainer.sampler import draw, generate, uniforms
@@ -57,16 +58,17 @@ def trainers_sums(policy: Policy, prompts: list[Prompt], completions: Completion
 
 
 @torch.no_grad()
-def greedy_without_cache(model: GPTModel, prompt: Prompt) -> list[int]:
+def greedy_without_cache(model: HiddenStateGPT, prompt: Prompt) -> list[int]:
     """The likeliest token of a whole forward pass, again and again."""
     tokens = list(prompt.tokens)
     for _ in range(LIMIT):
         length = len(tokens)
-        logits = model(
+        hidden = model(
             torch.tensor([tokens]),
             torch.arange(length)[None],
             causal_mask(length, torch.device("cpu")),
         )
+        logits = hidden @ model.output_weight.t()
         tokens.append(int(logits[0, -1, :VOCAB].argmax()))
         if tokens[-1] == END:
             break
