@@ -26,6 +26,8 @@ class ConfigError(ValueError):
 IF_EXISTS_RULES = ("error", "overwrite", "resume")
 CONSOLES = ("auto", "plain", "off")
 BACKENDS = ("auto", "gloo", "nccl")
+PARAMS_DTYPES = ("float32", "bfloat16")
+RECOMPUTE = ("none", "selective", "full")
 LR_DECAY_STYLES = ("constant", "linear", "cosine")
 
 
@@ -86,6 +88,7 @@ class ModelConfig:
         rotary_base: RoPE base.
         layernorm_epsilon: RMSNorm epsilon.
         tied_embeddings: one matrix for input embedding and output projection.
+        params_dtype: "float32", or "bfloat16" with float32 main weights and gradients.
         init_method_std: standard deviation of initial weights.
         make_vocab_size_divisible_by: the vocabulary is padded to a multiple of this, whatever the
             layout; padded rows never enter a log-prob, an entropy or a sample.
@@ -102,6 +105,7 @@ class ModelConfig:
     rotary_base: int = 10000
     layernorm_epsilon: float = 1e-6
     tied_embeddings: bool = False
+    params_dtype: str = "float32"
     init_method_std: float = 0.07
     make_vocab_size_divisible_by: int = 8
 
@@ -111,13 +115,22 @@ class ParallelConfig:
     """How the model is laid out over the ranks; data parallelism takes what is left.
 
     Attributes:
-        tensor_model_parallel_size, pipeline_model_parallel_size: sizes.
+        tensor_model_parallel_size, pipeline_model_parallel_size, context_parallel_size: sizes.
+        sequence_parallel: split what is outside attention and MLP over the tensor-parallel ranks
+            too, along the sequence.
+        recompute: what is computed again in the backward pass instead of kept: "none",
+            "selective" (attention) or "full" (whole layers).
+        distributed_optimizer: shard main weights and moments over the data-parallel ranks.
         backend: "auto" (NCCL where CUDA is available, gloo otherwise), "gloo" or "nccl".
         timeout_minutes: of any collective; a rank that waits longer ends the job.
     """
 
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
+    context_parallel_size: int = 1
+    sequence_parallel: bool = False
+    recompute: str = "none"
+    distributed_optimizer: bool = False
     backend: str = "auto"
     timeout_minutes: float = 10.0
 
@@ -296,6 +309,7 @@ def validate(config: Config, world_size: int) -> None:
     _check_run(config.run)
     _check_model(config.model)
     _check_layout(config, world_size)
+    _check_saving(config)
     _check_anchor(config.anchor)
     _check_rollout(config.rollout)
     _check_update(config.update, config.rollout)
@@ -362,13 +376,19 @@ def _check_model(model: ModelConfig) -> None:
         f"must divide model.num_attention_heads={model.num_attention_heads}",
     )
     _positive("model", model, "layernorm_epsilon", "init_method_std")
+    _one_of("model.params_dtype", model.params_dtype, PARAMS_DTYPES)
 
 
 def _check_layout(config: Config, world_size: int) -> None:
     parallel, model = config.parallel, config.model
-    sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
+    sizes = (
+        "tensor_model_parallel_size",
+        "pipeline_model_parallel_size",
+        "context_parallel_size",
+    )
     _at_least("parallel", parallel, 1, *sizes)
     _one_of("parallel.backend", parallel.backend, BACKENDS)
+    _one_of("parallel.recompute", parallel.recompute, RECOMPUTE)
     _positive("parallel", parallel, "timeout_minutes")
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     for key in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
@@ -393,13 +413,25 @@ def _check_layout(config: Config, world_size: int) -> None:
         pp,
         f"must divide model.num_layers={model.num_layers}",
     )
+    rule = "needs parallel.tensor_model_parallel_size > 1, over whose ranks it splits"
+    require(tp > 1 or not parallel.sequence_parallel, "parallel.sequence_parallel", "true", rule)
+    cp, key = parallel.context_parallel_size, "parallel.tensor_model_parallel_size x "
+    key += "parallel.pipeline_model_parallel_size"
     require(
-        world_size % (tp * pp) == 0,
-        "parallel.tensor_model_parallel_size x parallel.pipeline_model_parallel_size",
-        f"{tp}x{pp}",
+        world_size % (tp * pp * cp) == 0,
+        f"{key} x parallel.context_parallel_size" if cp > 1 else key,
+        f"{tp}x{pp}x{cp}" if cp > 1 else f"{tp}x{pp}",
         f"must divide the number of ranks, which is {world_size} "
         "(NPROC=n scripts/quickstart.sh starts n ranks)",
     )
+
+
+def _check_saving(config: Config) -> None:
+    if not config.parallel.distributed_optimizer:
+        return
+    rule = "needs run.save_every=0 and no run.stop_after: its state cannot be saved yet"
+    saves = config.run.save_every > 0 or config.run.stop_after is not None
+    require(not saves, "parallel.distributed_optimizer", "true", rule)
 
 
 def _check_anchor(anchor: AnchorConfig) -> None:

@@ -58,8 +58,9 @@ class TestShippedFiles:
     @pytest.mark.parametrize(("group", "option"), OPTIONS)
     def test_every_option_composes_and_runs(self, group: str, option: str) -> None:
         config = compose([f"{group}={option}"])
-        tensor = config.parallel.tensor_model_parallel_size
-        validate(config, tensor * config.parallel.pipeline_model_parallel_size)
+        parallel = config.parallel
+        ranks = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+        validate(config, ranks * parallel.context_parallel_size)
 
     @pytest.mark.parametrize(("section", "name"), [k for k in instances() if k[1]])
     def test_an_option_has_the_defaults_of_its_class(self, section: str, name: str) -> None:
@@ -81,6 +82,17 @@ class TestShippedFiles:
             tensor_model_parallel_size=tensor,
             pipeline_model_parallel_size=pipeline,
         )
+
+    @pytest.mark.parametrize(
+        ("option", "changes"),
+        [
+            ("cp2", {"context_parallel_size": 2}),
+            ("tp2_sp", {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
+        ],
+    )
+    def test_layouts_that_split_the_sequence(self, option: str, changes: dict) -> None:
+        expected = dataclasses.replace(Config().parallel, **changes)
+        assert compose([f"parallel={option}"]).parallel == expected
 
     def test_every_option_of_a_tagged_section_has_a_file(self) -> None:
         options = group_options()
@@ -321,6 +333,11 @@ class TestMistakes:
             (["parallel.tensor_model_parallel_size=4"], 4, "must divide model.num_query_groups"),
             (["parallel.pipeline_model_parallel_size=4"], 4, "must divide model.num_layers"),
             (["parallel.pipeline_model_parallel_size=0"], 1, "must be at least 1"),
+            (["parallel=cp2"], 3, "must divide the number of ranks, which is 3"),
+            (["parallel.sequence_parallel=true"], 1, "tensor_model_parallel_size > 1"),
+            (["parallel.recompute=all"], 1, "must be one of none, selective, full"),
+            (["parallel.distributed_optimizer=true"], 1, "its state cannot be saved yet"),
+            (["model.params_dtype=float16"], 1, "must be one of float32, bfloat16"),
         ],
     )
     def test_a_layout_that_does_not_fit(self, overrides: list[str], ranks: int, rule: str) -> None:

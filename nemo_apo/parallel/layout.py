@@ -21,8 +21,9 @@ class Layout:
     Attributes:
         device: device of this rank's model.
         rank, world_size: among all ranks.
-        tensor_size, pipeline_size, data_size: parallel sizes; their product is ``world_size``.
-        tensor_rank, pipeline_rank, data_rank: this rank's place in each.
+        tensor_size, pipeline_size, context_size, data_size: parallel sizes; their product is
+            ``world_size``.
+        tensor_rank, pipeline_rank, context_rank, data_rank: this rank's place in each.
     """
 
     device: torch.device
@@ -34,6 +35,8 @@ class Layout:
     tensor_rank: int
     pipeline_rank: int
     data_rank: int
+    context_size: int = 1
+    context_rank: int = 0
 
     @property
     def is_last_stage(self) -> bool:
@@ -41,7 +44,8 @@ class Layout:
 
     @property
     def is_model_parallel(self) -> bool:
-        return self.tensor_size * self.pipeline_size > 1
+        """Whether no rank alone could run the model as it is laid out for training."""
+        return self.tensor_size * self.pipeline_size * self.context_size > 1
 
     @property
     def tensor_group(self) -> dist.ProcessGroup:
@@ -52,8 +56,18 @@ class Layout:
         return parallel_state.get_pipeline_model_parallel_group()
 
     @property
+    def context_group(self) -> dist.ProcessGroup:
+        return parallel_state.get_context_parallel_group()
+
+    @property
     def data_group(self) -> dist.ProcessGroup:
+        """Ranks that hold other sequences."""
         return parallel_state.get_data_parallel_group()
+
+    @property
+    def token_group(self) -> dist.ProcessGroup:
+        """Ranks that hold other tokens: data and context parallel."""
+        return parallel_state.get_data_parallel_group(with_context_parallel=True)
 
 
 def initialize(parallel: ParallelConfig, seed: int) -> Layout:
@@ -77,6 +91,7 @@ def initialize(parallel: ParallelConfig, seed: int) -> Layout:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
         distributed_timeout_minutes=parallel.timeout_minutes,
     )
     model_parallel_cuda_manual_seed(seed)
@@ -90,6 +105,8 @@ def initialize(parallel: ParallelConfig, seed: int) -> Layout:
         tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
         pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
         data_rank=parallel_state.get_data_parallel_rank(),
+        context_size=parallel_state.get_context_parallel_world_size(),
+        context_rank=parallel_state.get_context_parallel_rank(),
     )
 
 

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -95,6 +96,8 @@ def _run(
 ) -> list[dict[str, Tensor]]:
     rows, length = micro_batches[0].inputs_BT.shape
     run = get_forward_backward_func()
+    # megatron asks for the whole sequence's length, of which a context-parallel rank holds a part.
+    length *= parallel_state.get_context_parallel_world_size()
     return run(
         forward_step_func=forward_step,
         data_iterator=iter(micro_batches),

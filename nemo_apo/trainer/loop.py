@@ -112,6 +112,7 @@ def build_policy(config: Config, layout: Layout) -> Policy:
         task.max_prompt_length + task.max_response_length,
         config.rollout.temperature,
         config.run.seed,
+        config.parallel,
     )
 
 

@@ -10,10 +10,16 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer import TransformerConfig
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
 from torch import Tensor
 
-from nemo_apo.config import ModelConfig, OptimizerConfig
+from nemo_apo.config import ModelConfig, OptimizerConfig, ParallelConfig
+from nemo_apo.parallel.context import AllGatherAttention
 from nemo_apo.parallel.layout import Layout
 from nemo_apo.parallel.step import plain_sum
 
@@ -35,17 +41,45 @@ class HiddenStateGPT(GPTModel):
     def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not self.post_process or kwargs.get("inference_context") is not None:
             return super()._postprocess(hidden_states, *args, **kwargs)
+        if self.config.sequence_parallel:
+            # The log-probs return a gradient that is summed over the ranks already.
+            hidden_states = gather_from_sequence_parallel_region(
+                hidden_states, tensor_parallel_output_grad=False
+            )
         return hidden_states.transpose(0, 1)
 
 
-def transformer_config(model: ModelConfig, layout: Layout) -> TransformerConfig:
-    """megatron's configuration of the training model, float32."""
-    return _transformer_config(model, layout, layout.tensor_size, layout.pipeline_size)
+class SequenceParallelRMSNorm(torch.nn.RMSNorm):
+    """RMSNorm of this rank's part of the sequence; megatron sums its gradient over the ranks.
+
+    megatron's wrapper of torch's norm refuses sequence parallelism.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float, **kwargs: Any
+    ) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
-def _transformer_config(
-    model: ModelConfig, layout: Layout, tensor_size: int, pipeline_size: int
+# megatron's settings of each choice of parallel.recompute.
+_RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective"},
+    "full": {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+    },
+}
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def transformer_config(
+    model: ModelConfig, layout: Layout, parallel: ParallelConfig
 ) -> TransformerConfig:
+    """megatron's configuration of the model in a layout."""
+    dtype = _DTYPES[model.params_dtype]
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -65,8 +99,9 @@ def _transformer_config(
         init_method_std=model.init_method_std,
         # The same initial weights whatever the layout and device.
         use_cpu_initialization=True,
-        params_dtype=torch.float32,
-        pipeline_dtype=torch.float32,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
         attention_softmax_in_fp32=True,
         masked_softmax_fusion=False,
         bias_activation_fusion=False,
@@ -75,8 +110,29 @@ def _transformer_config(
         # The schedules' device synchronisation after every transfer has no meaning on a CPU.
         batch_p2p_sync=layout.device.type != "cpu",
         calculate_per_token_loss=True,
-        tensor_model_parallel_size=tensor_size,
-        pipeline_model_parallel_size=pipeline_size,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+        **_RECOMPUTE[parallel.recompute],
+    )
+
+
+def _layers(
+    model: ModelConfig, config: TransformerConfig
+) -> ModuleSpec | TransformerBlockSubmodules:
+    """The layers of a stage, by megatron's local spec."""
+    layer = get_gpt_layer_local_spec(qk_layernorm=model.qk_layernorm, normalization="RMSNorm")
+    parts, attention = layer.submodules, layer.submodules.self_attention.submodules
+    if config.context_parallel_size > 1:
+        attention.core_attention = AllGatherAttention
+    if not config.sequence_parallel:
+        return layer
+    parts.input_layernorm = parts.pre_mlp_layernorm = SequenceParallelRMSNorm
+    if model.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = SequenceParallelRMSNorm
+    return TransformerBlockSubmodules(
+        layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=SequenceParallelRMSNorm
     )
 
 
@@ -92,9 +148,7 @@ def _build(
     pre_process, post_process = stage
     return HiddenStateGPT(
         config=config,
-        transformer_layer_spec=get_gpt_layer_local_spec(
-            qk_layernorm=model.qk_layernorm, normalization="RMSNorm"
-        ),
+        transformer_layer_spec=_layers(model, config),
         vocab_size=vocab_size,
         max_sequence_length=max_sequence_length,
         pre_process=pre_process,
@@ -103,26 +157,33 @@ def _build(
         rotary_base=model.rotary_base,
         share_embeddings_and_output_weights=model.tied_embeddings,
         pg_collection=groups,
-    ).to(layout.device)
+    ).to(layout.device, config.params_dtype)
 
 
 def build_training_model(
-    model: ModelConfig, layout: Layout, vocab_size: int, max_sequence_length: int
+    model: ModelConfig,
+    layout: Layout,
+    parallel: ParallelConfig,
+    vocab_size: int,
+    max_sequence_length: int,
 ) -> DistributedDataParallel:
     """This rank's stage of the training model, wrapped for gradient accumulation and reduction.
 
     Args:
         model: sizes.
         layout: where this rank stands.
+        parallel: how the model is laid out.
         vocab_size: padded vocabulary.
         max_sequence_length: longest prompt and completion, tokens.
     """
-    config = transformer_config(model, layout)
+    config = transformer_config(model, layout, parallel)
     stage = (layout.pipeline_rank == 0, layout.is_last_stage)
     gpt = _build(model, config, layout, vocab_size, max_sequence_length, stage, None)
     plain_sum(config)
     ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=False
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=False,
+        use_distributed_optimizer=parallel.distributed_optimizer,
     )
     return DistributedDataParallel(config, ddp_config, gpt)
 
@@ -135,7 +196,7 @@ def build_replica(
     groups: ProcessGroupCollection,
 ) -> HiddenStateGPT:
     """The whole model on this rank alone, in evaluation mode and without gradients."""
-    config = _transformer_config(model, layout, 1, 1)
+    config = transformer_config(model, layout, ParallelConfig())
     gpt = _build(model, config, layout, vocab_size, max_sequence_length, (True, True), groups)
     return gpt.eval().requires_grad_(False)
 
@@ -143,7 +204,7 @@ def build_replica(
 def build_optimizer(
     optimizer: OptimizerConfig, model: DistributedDataParallel
 ) -> MegatronOptimizer:
-    """megatron's optimizer (AdamW) over the model's float32 parameters."""
+    """megatron's optimizer (AdamW) over the model's parameters; moments are float32."""
     config = MegatronOptimizerConfig(
         optimizer="adam",
         lr=optimizer.lr,
@@ -153,7 +214,8 @@ def build_optimizer(
         adam_beta2=optimizer.adam_beta2,
         adam_eps=optimizer.adam_eps,
         clip_grad=optimizer.clip_grad,
-        params_dtype=torch.float32,
-        use_distributed_optimizer=False,
+        params_dtype=model.config.params_dtype,
+        bf16=model.config.bf16,
+        use_distributed_optimizer=model.ddp_config.use_distributed_optimizer,
     )
     return get_megatron_optimizer(config, [model])

@@ -7,16 +7,18 @@ share and gets all N results back. Axes: N sequences, B of a micro-batch, T toke
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.resharding.refit import swap_model_weights
 from torch import Tensor
 
-from nemo_apo.config import ModelConfig, OptimizerConfig, padded_vocab_size
+from nemo_apo.config import ModelConfig, OptimizerConfig, ParallelConfig, padded_vocab_size
 from nemo_apo.core.objectives import Columns
+from nemo_apo.parallel.context import positions_of, whole_sequences
 from nemo_apo.parallel.gather import all_gather_rows, all_true, broadcast_from_last, sum_over
 from nemo_apo.parallel.layout import Layout, single_rank_groups
 from nemo_apo.parallel.logprobs import linear_logprobs
@@ -34,46 +36,45 @@ from nemo_apo.trainer.model import (
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """B sequences on the device, with whatever columns a pass needs."""
+    """B sequences, with whatever columns a pass needs; [B, T] columns are those of the targets."""
 
-    tokens_BT: Tensor
+    inputs_BT: Tensor
+    targets_BT: Tensor
     mask_BT: Tensor
     columns: Columns | None = None
     old_logprobs_BT: Tensor | None = None
     reference_logprobs_BT: Tensor | None = None
 
-    @property
-    def inputs_BT(self) -> Tensor:
-        return self.tokens_BT[:, :-1]
-
-    @property
-    def targets_BT(self) -> Tensor:
-        return self.tokens_BT[:, 1:]
+    @classmethod
+    def of(cls, tokens_BS: Tensor, mask_BT: Tensor, **columns: Any) -> "MicroBatch":
+        """From whole sequences, S = T + 1 tokens each."""
+        return cls(tokens_BS[:, :-1], tokens_BS[:, 1:], mask_BT, **columns)
 
     @property
     def rows(self) -> int:
-        return self.tokens_BT.shape[0]
+        return self.inputs_BT.shape[0]
+
+    @property
+    def width(self) -> int:
+        return self.inputs_BT.shape[1]
 
     def select(self, rows: Tensor) -> "MicroBatch":
         """Some of the sequences."""
+        columns = None if self.columns is None else self.columns.select(rows)
+        return self._map_tokens(lambda values_BT: values_BT[rows], columns)
 
-        def pick(values: Tensor | None) -> Tensor | None:
-            return None if values is None else values[rows]
+    def padded(self, multiple: int) -> "MicroBatch":
+        """With a width that is a multiple of a number; what is added is no completion token."""
+        more = -self.width % multiple
+        pad = torch.nn.functional.pad
+        return self._map_tokens(lambda values_BT: pad(values_BT, (0, more)), self.columns)
 
-        return MicroBatch(
-            tokens_BT=self.tokens_BT[rows],
-            mask_BT=self.mask_BT[rows],
-            columns=None if self.columns is None else self.columns.select(rows),
-            old_logprobs_BT=pick(self.old_logprobs_BT),
-            reference_logprobs_BT=pick(self.reference_logprobs_BT),
-        )
+    def at(self, positions_t: Tensor) -> "MicroBatch":
+        """Some of the tokens of every sequence."""
+        return self._map_tokens(lambda values_BT: values_BT[:, positions_t], self.columns)
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same on a device; float64 columns stay float64."""
-
-        def move(values: Tensor | None) -> Tensor | None:
-            return None if values is None else values.to(device)
-
         columns = self.columns
         if columns is not None:
             columns = Columns(
@@ -81,12 +82,21 @@ class MicroBatch:
                 advantage_N=columns.advantage_N.to(device),
                 token_weight_N=columns.token_weight_N.to(device),
             )
+        return self._map_tokens(lambda values_BT: values_BT.to(device), columns)
+
+    def _map_tokens(
+        self, change: Callable[[Tensor], Tensor], columns: Columns | None
+    ) -> "MicroBatch":
+        def changed(values_BT: Tensor | None) -> Tensor | None:
+            return None if values_BT is None else change(values_BT)
+
         return MicroBatch(
-            tokens_BT=self.tokens_BT.to(device),
-            mask_BT=self.mask_BT.to(device),
+            inputs_BT=change(self.inputs_BT),
+            targets_BT=change(self.targets_BT),
+            mask_BT=change(self.mask_BT),
             columns=columns,
-            old_logprobs_BT=move(self.old_logprobs_BT),
-            reference_logprobs_BT=move(self.reference_logprobs_BT),
+            old_logprobs_BT=changed(self.old_logprobs_BT),
+            reference_logprobs_BT=changed(self.reference_logprobs_BT),
         )
 
 
@@ -117,13 +127,18 @@ class Policy:
         max_sequence_length: int,
         temperature: float,
         seed: int,
+        parallel: ParallelConfig,
     ) -> None:
         self.layout = layout
         self.vocab_size = vocab_size
         self.temperature = temperature
+        # Every rank must hold equally many tokens of a sequence, in equal parts.
+        self._width_multiple = 2 * layout.context_size if layout.context_size > 1 else 1
+        if parallel.sequence_parallel:
+            self._width_multiple *= layout.tensor_size
         padded = padded_vocab_size(vocab_size, model)
         torch.manual_seed(seed)
-        self.model = build_training_model(model, layout, padded, max_sequence_length)
+        self.model = build_training_model(model, layout, parallel, padded, max_sequence_length)
         self._replica: GPTModel | None = None
         if layout.is_model_parallel:
             torch.manual_seed(seed)
@@ -207,10 +222,8 @@ class Policy:
 
         micro_batches = self._share(batch, micro_batch_size)
         kept = read_micro_batches(self.model, micro_batches, read)
-        both_N2T = self._collect(
-            [entry["both"] for entry in kept], micro_batches, (2, batch.tokens_BT.shape[1] - 1)
-        )
-        both_N2T = both_N2T[: batch.rows].cpu()
+        both_N2T = self._collect([entry["both"] for entry in kept], micro_batches, tokens=True)
+        both_N2T = both_N2T[: batch.rows, :, : batch.width].cpu()
         return both_N2T[:, 0], both_N2T[:, 1]
 
     def accumulate(
@@ -231,7 +244,8 @@ class Policy:
         self.optimizer.zero_grad()
         micro_batches = self._share(batch, micro_batch_size)
         kept = run_micro_batches(self.model, micro_batches, loss_function)
-        sums_N = self._collect([entry["logprob_sums"] for entry in kept], micro_batches, ())
+        sums_N = self._collect([entry["logprob_sums"] for entry in kept], micro_batches)
+        sums_N = sum_over(sums_N, self.layout.context_group)
         return self._sum_scalars(kept), sums_N[: batch.rows].cpu()
 
     def update(self, lr: float, loss_sum: float) -> Update:
@@ -259,22 +273,40 @@ class Policy:
         real = rows < batch.rows
         shared = batch.select(rows.clamp(max=batch.rows - 1))
         shared = replace(shared, mask_BT=shared.mask_BT & real[:, None])
+        shared = self._own_tokens(shared.padded(self._width_multiple))
         return [
             shared.select(torch.arange(first, first + size)).to(self.layout.device)
             for first in range(0, per_rank, size)
         ]
 
+    def _own_tokens(self, batch: MicroBatch) -> MicroBatch:
+        """The tokens that this rank holds under context parallelism."""
+        layout = self.layout
+        if layout.context_size == 1:
+            return batch
+        return batch.at(positions_of(batch.width, layout.context_size, layout.context_rank))
+
     def _collect(
-        self, parts: list[Tensor], micro_batches: list[MicroBatch], shape: tuple[int, ...]
+        self, parts: list[Tensor], micro_batches: list[MicroBatch], tokens: bool = False
     ) -> Tensor:
-        """Rows kept on the last stage of each replica, on all ranks, in global row order."""
-        rows = sum(batch.rows for batch in micro_batches)
+        """Rows kept on the last stage of each replica, on all ranks, in global row order.
+
+        Args:
+            parts: per micro-batch one number per row [B], float64, or (``tokens``) two numbers per
+                token [B, 2, t], float32; empty on other stages.
+            micro_batches: this rank's, for their shapes.
+            tokens: which of the two.
+        """
+        rows, width = sum(batch.rows for batch in micro_batches), micro_batches[0].width
         if parts:
             values = torch.cat(parts)
+        elif tokens:
+            values = torch.empty((rows, 2, width), dtype=torch.float32, device=self.layout.device)
         else:
-            dtype = torch.float32 if shape else torch.float64
-            values = torch.empty((rows, *shape), dtype=dtype, device=self.layout.device)
+            values = torch.empty(rows, dtype=torch.float64, device=self.layout.device)
         values = broadcast_from_last(values, self.layout.pipeline_group)
+        if tokens:
+            values = whole_sequences(values, self.layout.context_group)
         return all_gather_rows(values, self.layout.data_group)
 
     def _sum_scalars(self, kept: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -282,7 +314,7 @@ class Policy:
         totals = torch.zeros(len(names), dtype=torch.float64, device=self.layout.device)
         for entry in kept:
             totals += torch.stack([entry[name].to(torch.float64) for name in names])
-        totals = sum_over(totals, self.layout.data_group)
+        totals = sum_over(totals, self.layout.token_group)
         totals = broadcast_from_last(totals, self.layout.pipeline_group)
         return dict(zip(names, totals.cpu(), strict=True))
 

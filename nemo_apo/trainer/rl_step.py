@@ -152,7 +152,7 @@ class RLStep:
         return replace(rollouts, anchor_logprob_sums_N=self._anchor_sums(rollouts))
 
     def _read_logprobs(self, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
-        batch = MicroBatch(rollouts.tokens_NT, rollouts.mask_NT)
+        batch = MicroBatch.of(rollouts.tokens_NT, rollouts.mask_NT)
         return self.policy.read_logprobs(batch, self.config.update.log_prob_micro_batch_size)
 
     def _anchor_sums(self, rollouts: Rollouts) -> Tensor:
@@ -258,9 +258,9 @@ class RLStep:
     ) -> None:
         """Forward, backward and the optimizer step on some rows of the rollout."""
         in_loss = self.config.regularizers.needs_reference_in_loss
-        part = MicroBatch(
-            tokens_BT=rollouts.tokens_NT[rows],
-            mask_BT=rollouts.mask_NT[rows],
+        part = MicroBatch.of(
+            rollouts.tokens_NT[rows],
+            rollouts.mask_NT[rows],
             columns=weighing.columns,
             old_logprobs_BT=known(rollouts.old_logprobs_NT)[rows],
             reference_logprobs_BT=known(rollouts.reference_logprobs_NT)[rows] if in_loss else None,

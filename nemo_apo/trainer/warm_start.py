@@ -65,7 +65,7 @@ def demonstration_batch(task: Task, examples: list[tuple[Prompt, list[int]]]) ->
     )
     tokens_BT = torch.tensor(rows)
     check_tokens(tokens_BT, task.vocab_size)
-    return MicroBatch(tokens_BT, mask_BT, columns)
+    return MicroBatch.of(tokens_BT, mask_BT, columns=columns)
 
 
 def _loss(policy: Policy) -> Callable[[Tensor, MicroBatch], tuple[Tensor, dict[str, Tensor]]]:

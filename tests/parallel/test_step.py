@@ -25,7 +25,7 @@ def example() -> MicroBatch:
     tokens = torch.randint(0, 12, (ROWS, LENGTH), generator=generator)
     lengths = torch.tensor([[8], [1], [5], [3], [8], [2], [6]])
     weights = torch.randn(3, ROWS, generator=generator, dtype=torch.float64)
-    return MicroBatch(tokens, torch.arange(LENGTH - 1) < lengths, Columns(*weights))
+    return MicroBatch.of(tokens, torch.arange(LENGTH - 1) < lengths, columns=Columns(*weights))
 
 
 def sum_of(logprobs: Tensor, entropy: Tensor, batch: MicroBatch) -> Tensor:
@@ -66,7 +66,8 @@ def directly(policy: Policy, batch: MicroBatch) -> Accumulated:
     """The same sum in one piece by plain torch, without wrapper, schedule or our log-probs."""
     module = policy.model.module
     positions = torch.arange(LENGTH - 1).expand(ROWS, LENGTH - 1)
-    logits = module(batch.inputs_BT, positions, causal_mask(LENGTH - 1, torch.device("cpu")))
+    hidden = module(batch.inputs_BT, positions, causal_mask(LENGTH - 1, torch.device("cpu")))
+    logits = hidden @ module.output_weight.t()
     log_p = torch.log_softmax(logits[..., :12], dim=-1)
     logprobs = log_p.gather(-1, batch.targets_BT[..., None]).squeeze(-1)
     loss = sum_of(logprobs, -(log_p.exp() * log_p).sum(-1), batch)

@@ -7,7 +7,7 @@ import pytest
 from torch import Tensor
 
 from nemo_apo import record
-from nemo_apo.config import Config, RolloutConfig, UpdateConfig
+from nemo_apo.config import Config, ParallelConfig, RolloutConfig, UpdateConfig
 from nemo_apo.core.objectives import OBJECTIVES, Regularizers
 from nemo_apo.parallel import layout as parallel_layout
 from tests.parallel.ranks import run_ranks
@@ -98,6 +98,40 @@ def test_apo_does_not_depend_on_the_layout(
     assert wanted.optimizer_steps == 4
     config = replace(config, parallel=parallel(tensor, pipeline))
     for got in run_ranks(world_size, trace, config, 2):
+        assert_same(got, wanted)
+
+
+@pytest.mark.parametrize(
+    ("config", "layout", "world_size"),
+    [
+        pytest.param(BASE, ParallelConfig(context_parallel_size=2), 2, id="CP2"),
+        pytest.param(BASE, ParallelConfig(2, sequence_parallel=True), 2, id="TP2+SP"),
+        pytest.param(TIED, ParallelConfig(2, sequence_parallel=True), 2, id="TP2+SP, tied"),
+        pytest.param(BASE, ParallelConfig(recompute="full"), 1, id="full recompute"),
+        pytest.param(BASE, ParallelConfig(recompute="selective"), 1, id="selective recompute"),
+        pytest.param(BASE, ParallelConfig(distributed_optimizer=True), 2, id="DP2, sharded"),
+        pytest.param(CUT_GROUPS, ParallelConfig(context_parallel_size=2), 4, id="CP2xDP2"),
+        pytest.param(
+            BASE,
+            ParallelConfig(2, context_parallel_size=2, sequence_parallel=True, recompute="full"),
+            4,
+            id="TP2xCP2+SP, recompute",
+            marks=FOUR_RANKS,
+        ),
+        pytest.param(
+            BASE,
+            ParallelConfig(1, 2, context_parallel_size=2),
+            4,
+            id="PP2xCP2",
+            marks=FOUR_RANKS,
+        ),
+    ],
+)
+def test_nor_on_how_a_layout_saves_memory(
+    config: Config, layout: ParallelConfig, world_size: int
+) -> None:
+    wanted = on_one_rank(config, 2)
+    for got in run_ranks(world_size, trace, replace(config, parallel=layout), 2):
         assert_same(got, wanted)
 
 

@@ -15,6 +15,7 @@ from nemo_apo.config import (
     Config,
     EvaluationConfig,
     OptimizerConfig,
+    ParallelConfig,
     RunConfig,
     WarmStartConfig,
 )
@@ -26,7 +27,7 @@ from nemo_apo.trainer.checkpoint import CheckpointError
 from nemo_apo.trainer.loop import run
 from tests.parallel.ranks import RankFailure, run_ranks
 
-from .tiny_runs import begin, bits_equal, parallel, tiny_config
+from .tiny_runs import TINY_MODEL, begin, bits_equal, parallel, tiny_config
 
 STEPS, STOP = 6, 3
 # Gates that open within six steps, so that alpha's memory matters.
@@ -41,6 +42,8 @@ VARIANTS = {
         optimizer=OptimizerConfig(lr=1e-3, lr_warmup_steps=9, weight_decay=0.1),
     ),
     "two tensor-parallel ranks": tiny_config(parallel=parallel(2, 1)),
+    "two context-parallel ranks": tiny_config(parallel=ParallelConfig(context_parallel_size=2)),
+    "bfloat16": tiny_config(model=replace(TINY_MODEL, params_dtype="bfloat16")),
 }
 
 
@@ -63,7 +66,7 @@ def prepared(config: Config, root: Path, name: str, **changes: Any) -> Config:
 
 
 def ranks_of(config: Config) -> int:
-    return config.parallel.tensor_model_parallel_size
+    return config.parallel.tensor_model_parallel_size * config.parallel.context_parallel_size
 
 
 def train(config: Config) -> None:

@@ -53,7 +53,7 @@ def trainers_sums(policy: Policy, prompts: list[Prompt], completions: Completion
     """Sequence log-probs by the trainer's forward pass."""
     nothing = torch.zeros(len(prompts))
     rollouts = assemble(prompts, completions, nothing.long(), nothing.double(), 5 + LIMIT, PAD)
-    logprobs, _ = policy.read_logprobs(MicroBatch(rollouts.tokens_NT, rollouts.mask_NT), 8)
+    logprobs, _ = policy.read_logprobs(MicroBatch.of(rollouts.tokens_NT, rollouts.mask_NT), 8)
     return torch.where(rollouts.mask_NT, logprobs.double(), 0.0).sum(dim=1)
 
 
