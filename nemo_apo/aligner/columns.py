@@ -24,10 +24,11 @@ MASK = "mask"
 
 
 def attach(batch: dict[str, Tensor], columns: Columns) -> None:
-    """Put an objective's columns into a host batch."""
-    batch[COEFFICIENT] = columns.coefficient_N
-    batch[ADVANTAGE] = columns.advantage_N
-    batch[TOKEN_WEIGHT] = columns.token_weight_N
+    """Put an objective's columns into a host batch, on the batch's device."""
+    device = batch[TOKENS].device
+    batch[COEFFICIENT] = columns.coefficient_N.to(device)
+    batch[ADVANTAGE] = columns.advantage_N.to(device)
+    batch[TOKEN_WEIGHT] = columns.token_weight_N.to(device)
 
 
 def attached(micro_batch: Mapping[str, Tensor], like: Tensor) -> Columns:

@@ -4,13 +4,15 @@ The host's loss keys are replaced by ``model.apo``. Left null they say nothing; 
 what the objective says, so that no value is read as meaning something that it does not do.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from nemo_apo.aligner.settings import ApoSettings
+from nemo_apo.aligner.settings import SHIPPED, ApoSettings
+from nemo_apo.compose.files import conf_dir
+from nemo_apo.compose.schema import suggestion
 from nemo_apo.config import ConfigError, require
 from nemo_apo.core.objectives import ClippedRatio, Objective, Regularizers
 
@@ -37,6 +39,13 @@ _PLAIN_SAMPLING: dict[str, tuple[Any, ...]] = {
 # Backends whose sampler is a server that is sent every weight, by the host's table of recipes.
 REFITTED_BACKENDS = ("vllm", "trt_llm_pytorch")
 _BACKEND = "trainer.grpo.inference_backend"
+# Keys that the host reads where they are and that the shipped configuration leaves out, and a
+# section whose keys are for the user to name.
+_OPTIONAL = (
+    "trainer.grpo.dapo.acceptable_length",
+    "model.grpo.entropy_bonus",
+    "trainer.grpo.environments",
+)
 # Reward shaping that the host folds into advantages of its own, which are not the ones used here.
 _REWARD_SHAPING = ("trainer.grpo.length_penalty_enabled", "trainer.grpo.dapo.length_penalty")
 
@@ -50,6 +59,7 @@ def check_host(cfg: DictConfig, apo: ApoSettings) -> None:
     check_restated(cfg, apo)
     _check_sizes(cfg)
     check_groups(cfg.trainer.grpo, cfg.model)
+    check_passes(cfg)
     _check_sampling(cfg.model.grpo.sampling_params)
     _check_optimizer(cfg)
     for key in _REWARD_SHAPING:
@@ -79,9 +89,88 @@ def check_groups(grpo: DictConfig, model: DictConfig) -> None:
         batch_size,
         f"must divide the rollout, num_prompts_per_grpo_step x samples_per_prompt={rollout}",
     )
+    for key, wanted in (("model_gbs", batch_size), ("model_mbs", model.micro_batch_size)):
+        rule = f"must be the model's own, {wanted}, of which it is the trainer's copy"
+        require(grpo[key] == wanted, f"trainer.grpo.{key}", grpo[key], rule)
     flask = OmegaConf.select(grpo, "batch_iterator.use_flask")
     rule = "its iterator draws each prompt once and cannot form groups; use false"
     require(not flask, "trainer.grpo.batch_iterator.use_flask", flask, rule)
+
+
+def check_passes(cfg: DictConfig) -> None:
+    """Batch sizes of sampling and of the log-prob pass, which the host asserts in mid-run."""
+    grpo, ranks = cfg.trainer.grpo, data_parallel_size(cfg)
+    for prefix in ("", "val_"):
+        prompts, samples = grpo[f"{prefix}prompt_micro_batch_size"], _samples(grpo, prefix)
+        key, size = "trainer.grpo.generation_rollout_mbs", grpo.generation_rollout_mbs
+        rule = f"must be a multiple of trainer.grpo.{prefix}prompt_micro_batch_size={prompts}"
+        require(size % prompts == 0, key, size, rule)
+        rule = (
+            f"over {prefix}prompt_micro_batch_size must divide {prefix}samples_per_prompt={samples}"
+        )
+        require(samples % (size // prompts) == 0, key, size, rule)
+        total = grpo[f"{prefix}num_prompts_per_grpo_step"] * samples
+        rule = f"times samples, {total}, must be a multiple of the data-parallel size={ranks}"
+        wrong = grpo[f"{prefix}num_prompts_per_grpo_step"]
+        require(total % ranks == 0, f"trainer.grpo.{prefix}num_prompts_per_grpo_step", wrong, rule)
+        size = cfg.model.grpo.forward_micro_batch_size
+        rule = f"must divide the {total // ranks} sequences that a rank reads ({prefix}rollout)"
+        require((total // ranks) % size == 0, "model.grpo.forward_micro_batch_size", size, rule)
+    limit, length = cfg.model.grpo.length_params.max_length, cfg.model.encoder_seq_length
+    rule = f"must be less than model.encoder_seq_length={length}, which holds the prompt as well"
+    require(limit < length, "model.grpo.length_params.max_length", limit, rule)
+
+
+def _samples(grpo: DictConfig, prefix: str) -> int:
+    return grpo[f"{prefix}samples_per_prompt"]
+
+
+def check_known(cfg: DictConfig) -> None:
+    """Keys of ``trainer.grpo`` and ``model.grpo`` that nothing reads are mistakes."""
+    shipped = OmegaConf.load(conf_dir() / "aligner" / SHIPPED)
+    for section in ("trainer.grpo", "model.grpo"):
+        known = {*_keys(OmegaConf.select(shipped, section), section), *_OPTIONAL}
+        for key in _keys(OmegaConf.select(cfg, section) or {}, section):
+            if not any(f"{key}.".startswith(f"{one}.") for one in known):
+                raise ConfigError(f"{key}: there is no such key{suggestion(key, known)}")
+
+
+def _keys(section: Mapping[str, Any] | DictConfig, prefix: str) -> Iterator[str]:
+    """Dotted keys of a section, interpolations unresolved."""
+    for key in section:
+        inner = OmegaConf.select(section, key) if _is_section(section, key) else None
+        if isinstance(inner, DictConfig) and inner:
+            yield from _keys(inner, f"{prefix}.{key}")
+        else:
+            yield f"{prefix}.{key}"
+
+
+def _is_section(section: DictConfig, key: Any) -> bool:
+    """Whether a key holds keys of its own; one that stands for another section counts as one."""
+    return not OmegaConf.is_interpolation(section, key) and OmegaConf.is_dict(section[key])
+
+
+def optimizer_steps(cfg: DictConfig, prompts: int) -> int:
+    """Optimizer steps of the whole run over a data set of ``prompts``.
+
+    Raises:
+        ConfigError: if there are none, or fewer than the learning-rate schedule needs.
+    """
+    grpo, sched = cfg.trainer.grpo, cfg.model.optim.sched
+    rl_steps = grpo.max_epochs * (prompts // grpo.num_prompts_per_grpo_step)
+    if grpo.max_steps is not None and grpo.max_steps >= 0:
+        rl_steps = min(rl_steps, grpo.max_steps)
+    rollout = grpo.num_prompts_per_grpo_step * grpo.samples_per_prompt
+    steps = rl_steps * rollout // cfg.model.global_batch_size
+    rule = f"leaves no RL step: the training data hold {prompts} prompts, an RL step takes "
+    rule += f"{grpo.num_prompts_per_grpo_step}"
+    require(rl_steps > 0, "trainer.grpo.max_steps", grpo.max_steps, rule)
+    apart = (sched.get("warmup_steps") or 0) + (sched.get("constant_steps") or 0)
+    rule = (
+        f"warmup_steps + constant_steps={apart} must be less than the run's {steps} optimizer steps"
+    )
+    require(apart < steps, "model.optim.sched", sched.name, rule)
+    return steps
 
 
 def check_restated(cfg: DictConfig, apo: ApoSettings) -> None:
@@ -175,8 +264,12 @@ def check_inputs(cfg: DictConfig) -> None:
         require(fits, key, files, rule)
 
 
-def check_layout(cfg: DictConfig) -> None:
-    """Parallel sizes against the number of ranks and the batch sizes."""
+def data_parallel_size(cfg: DictConfig) -> int:
+    """Data-parallel ranks of the layout.
+
+    Raises:
+        ConfigError: if the sizes do not divide the number of ranks.
+    """
     world = cfg.trainer.num_nodes * cfg.trainer.devices
     sizes = {
         key: OmegaConf.select(cfg.model, key, default=1) or 1
@@ -191,7 +284,12 @@ def check_layout(cfg: DictConfig) -> None:
     shown = " x ".join(f"{key}={value}" for key, value in sizes.items())
     rule = f"must divide the number of ranks, num_nodes x devices={world}"
     require(world % product == 0, f"model: {shown}", product, rule)
-    ranks, batch_size = world // product, cfg.model.global_batch_size
+    return world // product
+
+
+def check_layout(cfg: DictConfig) -> None:
+    """Parallel sizes against the number of ranks and the batch sizes."""
+    ranks, batch_size = data_parallel_size(cfg), cfg.model.global_batch_size
     share = ranks * cfg.model.micro_batch_size
     require(
         batch_size % share == 0,
@@ -225,6 +323,10 @@ def _check_optimizer(cfg: DictConfig) -> None:
     rule = "must be > 0: the host measures the gradient norm only when it clips, and a gradient "
     rule += "that is not finite could not be skipped"
     require(bool(clip) and clip > 0.0, "trainer.grpo.gradient_clip_val", clip, rule)
+    overlap = bool(cfg.model.optim.get("overlap_param_sync"))
+    rule = "must be false: coefficients are refreshed by a forward pass right after an optimizer "
+    rule += "step, which might still see some of the weights before it"
+    require(not overlap, "model.optim.overlap_param_sync", overlap, rule)
     name = cfg.model.optim.name
     rule = "clips inside its step, so the host's GRPO trainer sees no gradient norm"
     require(name not in _CLIPS_INSIDE, "model.optim.name", name, rule)

@@ -19,6 +19,7 @@ from nemo_apo.core.settling import SequenceFigures
 
 # Keys of the host's rollout.
 _PROMPTS = "text"
+_PROMPT_LENGTHS = "prompt_lengths"
 _LOGPROBS = "logprobs"
 _REFERENCE = "init_logprobs"
 _SAMPLER = "response_trt_lps"
@@ -63,11 +64,7 @@ def check_rollout(rollout: Mapping[str, Any], group_size: int, vocab_size: int) 
             f"{int(wrong.sum())} of {groups.count} groups of other sizes, "
             f"{sorted(set(groups.sizes_G[wrong].tolist()))}"
         )
-    prompts = rollout[_PROMPTS]
-    first_G = torch.full_like(groups.ids_G, -1).scatter_reduce(
-        0, groups.index_N, torch.arange(len(prompts), device=groups.index_N.device), "amax"
-    )
-    mixed = (prompts != prompts[groups.spread(first_G)]).flatten(1).any(dim=1)
+    mixed = _foreign_prompts(rollout[_PROMPTS], rollout[_PROMPT_LENGTHS], groups)
     if bool(mixed.any()):
         raise RolloutError(
             f"{int(mixed.sum())} completions stand beside the prompt of another group: the rollout "
@@ -76,6 +73,19 @@ def check_rollout(rollout: Mapping[str, Any], group_size: int, vocab_size: int) 
     low, high = int(rollout[TOKENS].min()), int(rollout[TOKENS].max())
     if low < 0 or high >= vocab_size:
         raise RolloutError(f"token ids must lie in [0, {vocab_size}), got {low} to {high}")
+
+
+def _foreign_prompts(prompts_NS: Tensor, lengths_N: Tensor, groups: Groups) -> Tensor:
+    """Sequences whose prompt is not that of one of their group, bool [N].
+
+    Only the prompt's own tokens count: what a micro-batch was padded with depends on its width.
+    """
+    rows_N = torch.arange(len(prompts_NS), device=groups.index_N.device)
+    one_N = groups.spread(groups.max(rows_N))
+    positions_S = torch.arange(prompts_NS.shape[1], device=prompts_NS.device)
+    inside_NS = positions_S[None, :] < lengths_N.to(prompts_NS.device)[:, None]
+    differs_N = ((prompts_NS != prompts_NS[one_N]) & inside_NS).any(dim=1)
+    return differs_N | (lengths_N != lengths_N[one_N])
 
 
 def check_own(rollout_sums_N: Tensor, own: OwnReading) -> None:
@@ -105,12 +115,12 @@ def reorder(rollout: Mapping[str, Any], order_N: Tensor) -> dict[str, Any]:
 
 
 def settle_rollout(rollout: Mapping[str, Any], mask_NT: Tensor, apo: ApoSettings) -> SettledGroups:
-    """Which groups are trained on, and their rewards."""
+    """Which groups are trained on, and their rewards; on the CPU."""
     return settle_groups(
-        rollout[_REWARDS].to(mask_NT.device),
-        mask_NT.sum(dim=1),
-        rollout[_ENDED].to(mask_NT.device) == 0,
-        Groups.from_ids(rollout[GROUP_ID].to(mask_NT.device)),
+        rollout[_REWARDS].cpu(),
+        mask_NT.sum(dim=1).cpu(),
+        rollout[_ENDED].cpu() == 0,
+        Groups.from_ids(rollout[GROUP_ID].cpu()),
         apo.groups,
     )
 
@@ -119,23 +129,25 @@ def sequence_figures(
     rollout: Mapping[str, Any],
     mask_NT: Tensor,
     entropy_sums_N: Tensor,
-    settled: SettledGroups,
+    rewards_N: Tensor,
     anchor: str,
 ) -> SequenceFigures:
-    """The rollout's row of scalars per kept sequence."""
-    keep_N = settled.keep_N
+    """The rollout's row of scalars per sequence, on the CPU.
+
+    A thousand numbers, whose sums every rank must get to the last bit: atomics on a GPU do not.
+    """
     old_N = logprob_sums(rollout, mask_NT)
     reference_N = sequence_sums(rollout[_REFERENCE].to(mask_NT.device), mask_NT)
     anchor_N = reference_N if anchor == "reference" else old_N
     return SequenceFigures(
-        group_ids_N=rollout[GROUP_ID].to(mask_NT.device)[keep_N],
-        rewards_N=settled.rewards_N[keep_N],
-        lengths_N=mask_NT.sum(dim=1).to(torch.float64)[keep_N],
-        entropy_sums_N=entropy_sums_N[keep_N],
-        old_logprob_sums_N=old_N[keep_N],
-        anchor_logprob_sums_N=anchor_N[keep_N],
-        reference_logprob_sums_N=reference_N[keep_N],
-        sampler_logprob_sums_N=_sampler_sums(rollout, mask_NT)[keep_N],
+        group_ids_N=rollout[GROUP_ID].cpu(),
+        rewards_N=rewards_N.cpu(),
+        lengths_N=mask_NT.sum(dim=1).to(torch.float64).cpu(),
+        entropy_sums_N=entropy_sums_N.cpu(),
+        old_logprob_sums_N=old_N.cpu(),
+        anchor_logprob_sums_N=anchor_N.cpu(),
+        reference_logprob_sums_N=reference_N.cpu(),
+        sampler_logprob_sums_N=_sampler_sums(rollout, mask_NT).cpu(),
     )
 
 

@@ -131,6 +131,7 @@ def check(cfg: DictConfig) -> ApoSettings:
     """
     try:
         apo = read_settings(cfg.model.get("apo"))
+        host_rules.check_known(cfg)
         host_rules.check_host(cfg, apo)
         host_rules.check_inputs(cfg)
     except OmegaConfBaseException as error:
@@ -298,14 +299,12 @@ def _set_up_training(cfg: DictConfig, lightning: Any, actor: Any, dataset: Any) 
     """Optimizer and learning rate, and the weights and states of a checkpoint to resume."""
     from nemo_aligner.utils.train_script_utils import init_using_ptl
 
-    from nemo_apo.aligner.branch import parallel_state
-
-    ranks = parallel_state.get_data_parallel_world_size()
-    # Never read: from the number of its batches NeMo only counts steps for the learning rate.
-    counted = torch.utils.data.DataLoader(
-        dataset, batch_size=cfg.trainer.grpo.num_prompts_per_grpo_step // ranks
-    )
-    init_using_ptl(lightning, actor, counted, dataset)
+    steps = host_rules.optimizer_steps(cfg, len(dataset))
+    # What NeMo's learning-rate schedule takes for the whole run: by itself it would count RL steps,
+    # and batches of a size that depends on the number of ranks.
+    lightning.fit_loop.epoch_loop.max_steps = steps
+    # Never read: NeMo only wants a loader to be there.
+    init_using_ptl(lightning, actor, torch.utils.data.DataLoader(dataset), dataset)
     del actor._train_dl
 
 

@@ -5,8 +5,9 @@ couples the sequences of a group, and the groups of the rollout, is settled here
 every host: advantages, temperature, k1 penalty, alpha. Axes: N sequences, G groups.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
+import torch
 from torch import Tensor
 
 from nemo_apo.core.advantages import group_advantages
@@ -18,7 +19,7 @@ from nemo_apo.core.temperature import Temperature
 
 @dataclass(frozen=True)
 class SequenceFigures:
-    """One row per sequence of the global rollout, groups that were dropped left out.
+    """One row per sequence of the global rollout; ``settle`` wants dropped groups left out.
 
     Attributes:
         group_ids_N: explicit group id from sampling, int64.
@@ -45,6 +46,21 @@ class SequenceFigures:
     def token_entropy(self) -> float:
         """Entropy of the policy that sampled, nats per completion token of the whole rollout."""
         return float(self.entropy_sums_N.sum() / self.lengths_N.sum())
+
+    @property
+    def finite_N(self) -> Tensor:
+        """Whether all that is known of a sequence's log-probs is finite, bool [N]."""
+        figures = [self.entropy_sums_N, self.old_logprob_sums_N, self.anchor_logprob_sums_N]
+        if self.reference_logprob_sums_N is not None:
+            figures.append(self.reference_logprob_sums_N)
+        return torch.isfinite(torch.stack(figures)).all(dim=0)
+
+    def select(self, rows: Tensor) -> "SequenceFigures":
+        """Some of the sequences: rows is a bool mask or an index."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return SequenceFigures(
+            **{name: None if value is None else value[rows] for name, value in values.items()}
+        )
 
 
 @dataclass(frozen=True)

@@ -138,7 +138,9 @@ def test_a_step_whose_groups_are_all_dropped_takes_no_optimizer_step() -> None:
         assert result["state"].skipped_in_a_row == 0
 
 
-def test_log_probs_that_are_not_finite_skip_the_rollout_and_leave_the_schedule_alone() -> None:
+def test_log_probs_that_are_not_finite_skip_the_optimizer_steps_that_hold_them() -> None:
+    """The third group's, which the second optimizer step holds; the first one is taken."""
+
     def break_one(rollout: Any) -> None:
         rollout["logprobs"][2, 6] = float("nan")
 
@@ -150,10 +152,28 @@ def test_log_probs_that_are_not_finite_skip_the_rollout_and_leave_the_schedule_a
         return settled(rank, CASE, break_one)
 
     for result in run_ranks(2, broken):
+        assert result["changed"]
+        assert result["finite"]
+        assert result["optim_steps"] == 1
+        assert result["state"].skipped_in_a_row == 1
+        assert result["state"].schedule.alpha == 0.9
+        assert result["error"] == ""
+
+
+def test_a_rollout_without_a_finite_group_leaves_weights_and_schedule_alone() -> None:
+    def break_all(rollout: Any) -> None:
+        rollout["logprobs"][:4, 5] = float("nan")
+
+    def broken(rank: int) -> dict[str, Any]:
+        from nemo_apo.aligner import grpo_trainer
+
+        grpo_trainer.check_own = lambda *args: None
+        return settled(rank, CASE, break_all)
+
+    for result in run_ranks(2, broken):
         assert not result["changed"]
         assert result["state"].skipped_in_a_row == 2
         assert result["state"].schedule.alpha is None
-        assert result["error"] == ""
 
 
 def poisoned(rank: int, case: Case, limit: int) -> dict[str, Any]:

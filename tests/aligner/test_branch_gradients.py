@@ -46,9 +46,6 @@ def relative_gap(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
     return max(gaps) / largest
 
 
-# --- what runs on the ranks
-
-
 def run_case(rank: int, case: Case, full: dict[str, Tensor] | None) -> dict[str, Any]:
     """One RL step on the made rollout; this rank's gradients, and where it stands."""
     from megatron.core import parallel_state

@@ -60,9 +60,6 @@ def changed(config: DictConfig, **changes: Any) -> DictConfig:
     return config
 
 
-# --- settings of model.apo
-
-
 def apo_section(**changes: Any) -> dict[str, Any]:
     return OmegaConf.to_container(changed(OmegaConf.create(shipped()), **changes))
 
@@ -141,9 +138,6 @@ def test_a_missing_section_is_refused() -> None:
         read_settings(None)
 
 
-# --- rules of the host
-
-
 def test_the_shipped_recipe_passes(config: DictConfig) -> None:
     assert train_gpt_apo.check(config) == ApoSettings()
 
@@ -157,6 +151,17 @@ RULES: list[tuple[dict[str, Any], str]] = [
     ({MODEL + "global_batch_size": 40}, "=40: must be a multiple of trainer.grpo.samples_per"),
     ({MODEL + "global_batch_size": 384}, "=384: must divide the rollout"),
     ({GRPO + "batch_iterator.use_flask": True}, "use_flask=True: .*cannot form groups"),
+    ({GRPO + "model_gbs": 128}, "model_gbs=128: must be the model's own, 256"),
+    ({GRPO + "model_mbs": 2}, "model_mbs=2: must be the model's own, 1"),
+    # passes over what a rank holds
+    ({GRPO + "generation_rollout_mbs": 5}, "=5: must be a multiple of .*prompt_micro_batch_size"),
+    ({GRPO + "generation_rollout_mbs": 24}, "=24: .*must (divide|be a multiple)"),
+    ({MODEL + "grpo.forward_micro_batch_size": 3}, "=3: must divide the .* that a rank reads"),
+    ({GRPO + "val_num_prompts_per_grpo_step": 7}, "val_num_prompts_per_grpo_step=7: times samples"),
+    ({MODEL + "grpo.length_params.max_length": 5000}, "=5000: must be less than model.encoder_seq"),
+    # keys that nothing reads
+    ({GRPO + "gradient_clip": 0.1}, "gradient_clip: there is no such key; .*gradient_clip_val"),
+    ({MODEL + "grpo.ratio_epsilon": 0.1}, "ratio_epsilon: there is no such key; .*ratio_eps"),
     # sampling
     ({SAMPLING + "temperature": 0.7}, r"temperature=0\.7: must be 1\.0"),
     ({SAMPLING + "top_k": 50}, "top_k=50: must be -1 or 0"),
@@ -168,6 +173,7 @@ RULES: list[tuple[dict[str, Any], str]] = [
     ({GRPO + "gradient_clip_val": None}, "gradient_clip_val=None: must be > 0"),
     ({MODEL + "optim.name": "mcore_distributed_optim"}, "mcore_distributed_optim: clips inside"),
     ({MODEL + "optim.name": "megatron_fused_adam"}, "megatron_fused_adam: clips inside"),
+    ({MODEL + "optim.overlap_param_sync": True}, "overlap_param_sync=True: must be false"),
     # rewards
     ({GRPO + "length_penalty_enabled": True}, "length_penalty_enabled=True: shapes rewards"),
     ({GRPO + "dapo.length_penalty": True}, r"dapo\.length_penalty=True: shapes rewards"),
@@ -284,6 +290,43 @@ def test_a_key_that_means_nothing_to_the_objective(key: str, config: DictConfig)
         train_gpt_apo.check(changed(config, **{f"model.grpo.{key}": 0.2}))
 
 
+@pytest.mark.parametrize(
+    ("prompts", "changes", "steps"),
+    [
+        (12_000, {}, 187 * 4),
+        (12_000, {GRPO + "max_epochs": 2}, 2 * 187 * 4),
+        (12_000, {GRPO + "max_steps": 50}, 50 * 4),
+        (12_000, {MODEL + "global_batch_size": 1024}, 187),
+    ],
+)
+def test_the_learning_rate_is_told_the_optimizer_steps_of_the_run(
+    prompts: int, changes: dict[str, Any], steps: int, config: DictConfig
+) -> None:
+    config = changed(config, **changes)
+    assert host_rules.optimizer_steps(config, prompts) == steps
+    # Four times the ranks, the same run.
+    assert host_rules.optimizer_steps(changed(config, **{"trainer.num_nodes": 4}), prompts) == steps
+
+
+@pytest.mark.parametrize(
+    ("prompts", "changes", "said"),
+    [
+        (63, {}, "max_steps=-1: leaves no RL step: the training data hold 63 prompts"),
+        (
+            128,
+            {},
+            r"sched=CosineAnnealing: warmup_steps \+ constant_steps=10 must be less than .*8",
+        ),
+        (128, {MODEL + "optim.sched.warmup_steps": 8}, "=8 must be less than the run's 8"),
+    ],
+)
+def test_a_run_too_short_for_its_learning_rate_is_refused(
+    prompts: int, changes: dict[str, Any], said: str, config: DictConfig
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        host_rules.optimizer_steps(changed(config, **changes), prompts)
+
+
 def test_a_task_without_a_grader_is_refused() -> None:
     graders = dict.fromkeys(train_gpt_apo.ENVIRONMENT_OF_TASK)
     train_gpt_apo.check_tasks("train", {"math", "code"}, graders)
@@ -294,9 +337,6 @@ def test_a_task_without_a_grader_is_refused() -> None:
 def test_every_task_has_a_section_of_servers(config: DictConfig) -> None:
     sections = set(train_gpt_apo.ENVIRONMENT_OF_TASK.values())
     assert sections == set(config.trainer.grpo.environments)
-
-
-# --- leaving
 
 
 @pytest.mark.parametrize(
@@ -331,9 +371,6 @@ def test_only_the_first_rank_says_why(
         train_gpt_apo.main(changed(config, **{"model.global_batch_size": 40}))
     assert left.value.code == 2
     assert capsys.readouterr().err == ""
-
-
-# --- the command line
 
 
 @pytest.fixture
@@ -406,8 +443,6 @@ def test_without_the_branch_it_says_what_is_missing(started: Any, tmp_path: Path
     assert "tested with NeMo-Aligner branch llama-nemotron-dev" in said
     assert "Traceback" not in error
 
-
-# --- a whole run on the real branch
 
 QWQ = ("c4", "c7", "olymp_pr_gt03", "olymp_pr_lt03")
 JUDGED = ("gpqa", "scp116k", "supergpqa", "aime24", "aime25")

@@ -21,9 +21,6 @@ def is_norm(name: str) -> bool:
     return name.endswith(NORMS)
 
 
-# --- what runs on the ranks
-
-
 def step(rank: int, case: Case) -> dict[str, Any]:
     """Parameters of the built model, and the gradients of an RL step's optimizer steps."""
     session = grpo_session.open_session(case)
@@ -131,9 +128,6 @@ def send_once(rank: int, case: Case) -> list[int]:
         actor.prepare_for_inference()
         actor.finish_inference()
     return looked
-
-
-# --- tests
 
 
 @pytest.fixture(scope="module")
