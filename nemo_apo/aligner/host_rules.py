@@ -156,7 +156,7 @@ def optimizer_steps(cfg: DictConfig, prompts: int) -> int:
     Raises:
         ConfigError: if there are none, or fewer than the learning-rate schedule needs.
     """
-    grpo, sched = cfg.trainer.grpo, cfg.model.optim.sched
+    grpo, sched = cfg.trainer.grpo, OmegaConf.select(cfg, "model.optim.sched") or {}
     rl_steps = grpo.max_epochs * (prompts // grpo.num_prompts_per_grpo_step)
     if grpo.max_steps is not None and grpo.max_steps >= 0:
         rl_steps = min(rl_steps, grpo.max_steps)
@@ -169,7 +169,7 @@ def optimizer_steps(cfg: DictConfig, prompts: int) -> int:
     rule = (
         f"warmup_steps + constant_steps={apart} must be less than the run's {steps} optimizer steps"
     )
-    require(apart < steps, "model.optim.sched", sched.name, rule)
+    require(apart < steps, "model.optim.sched", sched.get("name"), rule)
     return steps
 
 

@@ -500,7 +500,8 @@ def run_config(folder: str) -> DictConfig:
         "model.data.apply_chat_template": False,
         "model.data.prompt_file": f"{folder}/template",
     }
-    overrides = ["~model.optim", "+model.optim={name: sgd, lr: 0.01}"]
+    sched = "{name: CosineAnnealing, warmup_steps: 1, constant_steps: 0, min_lr: 0.001}"
+    overrides = ["~model.optim", f"+model.optim={{name: sgd, lr: 0.01, sched: {sched}}}"]
     overrides += [f"{key}={value}" for key, value in values.items()]
     with hydra.initialize_config_dir(str(conf_dir() / "aligner"), version_base=None):
         return hydra.compose("gpt_apo", overrides)
@@ -626,6 +627,7 @@ def launched(rank: int, folder: str) -> dict[str, Any]:
         "moved": moved,
         "step": trainer.step,
         "rl_steps": trainer.model.apo_state.rl_steps,
+        "learning_rate_steps": trainer.scheduler.max_steps,
         "answers": texts.count("\n"),
         "environments": {task: type(grader).__name__ for task, grader in made.items()},
     }
@@ -643,6 +645,7 @@ def test_a_run_from_a_saved_model_to_the_last_step(tmp_path: Path) -> None:
     run_ranks(1, save_tiny_model, str(tmp_path / "model"))
     [found] = run_ranks(1, launched, str(tmp_path))
     assert found["step"] == found["rl_steps"] == RL_STEPS
+    assert found["learning_rate_steps"] == RL_STEPS * 2, "two optimizer steps per RL step"
     assert found["answers"] == RL_STEPS * PROMPTS * GROUP
     assert sum("q_layernorm" in name or "k_layernorm" in name for name in found["moved"]) == 4
     assert all(change > 0.0 for change in found["moved"].values())
