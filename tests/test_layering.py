@@ -21,8 +21,10 @@ ALLOWED: dict[str, set[str]] = {
     "compose": {"core", "tasks"} | CONFIG,
     "step_metrics": {"core", "record"},
     "parallel": {"core"} | CONFIG,
+    "planning": {"core"} | CONFIG,
     "report": {"record"} | CONFIG,
     "trainer": {"core", "tasks", "record", "step_metrics", "parallel", "report"} | CONFIG,
+    "bench": {"core", "record", "step_metrics", "parallel", "trainer", "tasks"} | CONFIG,
     "aligner": {"core", "record", "step_metrics", "parallel"} | CONFIG,
 }
 # The way in from outside may use anything.

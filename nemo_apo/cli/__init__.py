@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from nemo_apo import __version__
+from nemo_apo.cli import bench as bench_command
 from nemo_apo.cli import config as config_command
+from nemo_apo.cli import plan as plan_command
 from nemo_apo.cli import report as report_command
 from nemo_apo.cli import results as results_command
 from nemo_apo.cli import train as train_command
@@ -74,11 +76,33 @@ COMMANDS: dict[str, Command] = {
         add_arguments=config_command.add_arguments,
         main=config_command.main,
     ),
+    "plan": Command(
+        summary="memory and communication per GPU of a layout, on paper, or the smallest that fits",
+        examples=(
+            "nemo-apo plan model=qwen3_8b cluster.nodes=4    propose the smallest layout that fits",
+            "nemo-apo plan model=qwen3_8b parallel.tensor_model_parallel_size=4   keep this size",
+            "nemo-apo plan model=qwen3_32b cluster.nodes=8 cluster.gpu=h200 sequence_length=32768",
+            "nemo-apo plan model=qwen3_8b --json plan.json   as JSON too",
+        ),
+        add_arguments=plan_command.add_arguments,
+        main=plan_command.main,
+    ),
     "results": Command(
         summary="run the studies behind docs/results.md and fill in its tables",
         examples=("nemo-apo results --studies exact --jobs 2",),
         add_arguments=results_command.add_arguments,
         main=results_command.main,
+    ),
+    "bench": Command(
+        summary="measure the log-prob kernel or the trainer's optimizer steps",
+        examples=(
+            "nemo-apo bench logprobs --tokens 1024 --dtype bf16 --json logprobs.json",
+            "nemo-apo bench logprobs --device cuda           the same on a GPU",
+            "nemo-apo bench step objective=gspo              what an optimizer step spends",
+            "torchrun --nproc-per-node 2 -m nemo_apo bench step parallel=tp2",
+        ),
+        add_arguments=bench_command.add_arguments,
+        main=bench_command.main,
     ),
 }
 

@@ -1,0 +1,1 @@
+"""Tests of ``nemo_apo.bench``: what it reports, never how fast."""
