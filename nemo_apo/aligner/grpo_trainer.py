@@ -205,6 +205,10 @@ class ApoGRPOTrainer(GRPOTrainer):
         weighing = tally.weigh(self.apo.objective, part, settled.alpha, anchor_is_old)
         mine = rank_columns(weighing.columns, trained_M, _data_rank(), _data_ranks())
         columns.attach(batch, mine)
+        # A weight of 0 is not enough: 0 times a log-prob that is not finite is not 0.
+        share = len(batch[columns.ROW])
+        trained_b = trained_M[_data_rank() * share :][:share].to(batch[columns.MASK].device)
+        batch[columns.MASK] = batch[columns.MASK] * trained_b[:, None]
         return watch.time(
             record.TRAIN_SECONDS,
             lambda: self._update(batch, weighing, settled, trained_M, rows_m, tally),

@@ -176,6 +176,8 @@ def open_session(
 
     config = model_config(case)
     built = tiny_actor.build("grpo", config, case.world_size, actor_class or ApoGRPOActor)
+    # Lightning gives a rank that is alone all cores; threads only slow so small a model down.
+    torch.set_num_threads(1)
     if full_weights is not None:
         load_weights(built.actor, full_weights, case)
     if case.double:
@@ -303,9 +305,20 @@ def read_rollout(session: Session, rollout: dict[str, Any], case: Case) -> Any:
 
 def train_on(session: Session, rollout: Any, case: Case) -> list[dict[str, Tensor]]:
     """One RL step on a read rollout; the gradients of this rank at every optimizer step."""
+    data, _ = session.trainer.create_grpo_training_data_from_inferences(rollout)
+    return train_batches(session, batches_of(data, case))
+
+
+def batches_of(data: dict[str, Any], case: Case) -> list[dict[str, Any]]:
+    """This rank's training data, cut into optimizer steps as the host cuts them."""
     from nemo.collections.nlp.modules.common.megatron.utils import get_iterator_k_split
 
-    data, _ = session.trainer.create_grpo_training_data_from_inferences(rollout)
+    local = case.batch_size // case.dp
+    return list(get_iterator_k_split(data, data["response_tokens"].shape[0] // local))
+
+
+def train_batches(session: Session, batches: list[dict[str, Any]]) -> list[dict[str, Tensor]]:
+    """Train on the batches; the gradients of this rank at every optimizer step."""
     seen: list[dict[str, Tensor]] = []
     step = session.built.optimizer.step
 
@@ -315,9 +328,7 @@ def train_on(session: Session, rollout: Any, case: Case) -> list[dict[str, Tenso
 
     session.built.optimizer.step = watched_step
     try:
-        local = case.batch_size // case.dp
-        batches = get_iterator_k_split(data, data["response_tokens"].shape[0] // local)
-        session.trainer.run_training(batches)
+        session.trainer.run_training(iter(batches))
     finally:
         session.built.optimizer.step = step
     return seen

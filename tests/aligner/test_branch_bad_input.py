@@ -127,6 +127,24 @@ def test_a_failed_grade_drops_its_whole_group() -> None:
         assert result["optim_steps"] == 2
 
 
+def test_what_is_not_finite_in_a_dropped_group_does_no_harm() -> None:
+    def fail_one(rollout: Any) -> None:
+        rollout["rewards"][5] = float("nan")
+        rollout["logprobs"][5] = float("nan")
+
+    def broken(rank: int) -> dict[str, Any]:
+        from nemo_apo.aligner import grpo_trainer
+
+        grpo_trainer.check_own = lambda *args: None
+        apo = {"groups.failed_grade": "drop", "objective.name": "grpo"}
+        return settled(rank, replace(CASE, apo=apo), fail_one)
+
+    for result in run_ranks(2, broken):
+        assert result["optim_steps"] == 2
+        assert result["changed"]
+        assert result["finite"]
+
+
 def test_a_step_whose_groups_are_all_dropped_takes_no_optimizer_step() -> None:
     def fail_half(rollout: Any) -> None:
         rollout["rewards"][rollout["apo_group_id"] < 102] = float("nan")
