@@ -6,6 +6,7 @@ every host: advantages, temperature, k1 penalty, alpha. Axes: N sequences, G gro
 """
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,10 +58,11 @@ class SequenceFigures:
 
     def select(self, rows: Tensor) -> "SequenceFigures":
         """Some of the sequences: rows is a bool mask or an index."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return SequenceFigures(
-            **{name: None if value is None else value[rows] for name, value in values.items()}
-        )
+        selected: dict[str, Any] = {}
+        for field in fields(self):
+            values_N = getattr(self, field.name)
+            selected[field.name] = None if values_N is None else values_N[rows]
+        return SequenceFigures(**selected)
 
 
 @dataclass(frozen=True)

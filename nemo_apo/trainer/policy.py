@@ -7,9 +7,8 @@ share and gets all N results back. Axes: N sequences, B of a micro-batch, T toke
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -17,8 +16,6 @@ from megatron.core.resharding.refit import swap_model_weights
 from torch import Tensor
 
 from nemo_apo.config import ModelConfig, OptimizerConfig, ParallelConfig, padded_vocab_size
-from nemo_apo.core.objectives import Columns
-from nemo_apo.parallel.context import positions_of, whole_sequences
 from nemo_apo.parallel.gather import all_gather_rows, all_true, broadcast_from_last, sum_over
 from nemo_apo.parallel.layout import Layout, single_rank_groups
 from nemo_apo.parallel.logprobs import linear_logprobs
@@ -27,77 +24,13 @@ from nemo_apo.parallel.step import (
     read_micro_batches,
     run_micro_batches,
 )
+from nemo_apo.trainer.micro_batch import MicroBatch
 from nemo_apo.trainer.model import (
     build_optimizer,
     build_replica,
     build_training_model,
 )
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """B sequences, with whatever columns a pass needs; [B, T] columns are those of the targets."""
-
-    inputs_BT: Tensor
-    targets_BT: Tensor
-    mask_BT: Tensor
-    columns: Columns | None = None
-    old_logprobs_BT: Tensor | None = None
-    reference_logprobs_BT: Tensor | None = None
-
-    @classmethod
-    def of(cls, tokens_BS: Tensor, mask_BT: Tensor, **columns: Any) -> "MicroBatch":
-        """From whole sequences, S = T + 1 tokens each."""
-        return cls(tokens_BS[:, :-1], tokens_BS[:, 1:], mask_BT, **columns)
-
-    @property
-    def rows(self) -> int:
-        return self.inputs_BT.shape[0]
-
-    @property
-    def width(self) -> int:
-        return self.inputs_BT.shape[1]
-
-    def select(self, rows: Tensor) -> "MicroBatch":
-        """Some of the sequences."""
-        columns = None if self.columns is None else self.columns.select(rows)
-        return self._map_tokens(lambda values_BT: values_BT[rows], columns)
-
-    def padded(self, multiple: int) -> "MicroBatch":
-        """With a width that is a multiple of a number; what is added is no completion token."""
-        more = -self.width % multiple
-        pad = torch.nn.functional.pad
-        return self._map_tokens(lambda values_BT: pad(values_BT, (0, more)), self.columns)
-
-    def at(self, positions_t: Tensor) -> "MicroBatch":
-        """Some of the tokens of every sequence."""
-        return self._map_tokens(lambda values_BT: values_BT[:, positions_t], self.columns)
-
-    def to(self, device: torch.device) -> "MicroBatch":
-        """The same on a device; float64 columns stay float64."""
-        columns = self.columns
-        if columns is not None:
-            columns = Columns(
-                coefficient_N=columns.coefficient_N.to(device),
-                advantage_N=columns.advantage_N.to(device),
-                token_weight_N=columns.token_weight_N.to(device),
-            )
-        return self._map_tokens(lambda values_BT: values_BT.to(device), columns)
-
-    def _map_tokens(
-        self, change: Callable[[Tensor], Tensor], columns: Columns | None
-    ) -> "MicroBatch":
-        def changed(values_BT: Tensor | None) -> Tensor | None:
-            return None if values_BT is None else change(values_BT)
-
-        return MicroBatch(
-            inputs_BT=change(self.inputs_BT),
-            targets_BT=change(self.targets_BT),
-            mask_BT=change(self.mask_BT),
-            columns=columns,
-            old_logprobs_BT=changed(self.old_logprobs_BT),
-            reference_logprobs_BT=changed(self.reference_logprobs_BT),
-        )
+from nemo_apo.trainer.sharing import Share, share_of
 
 
 @dataclass(frozen=True)
@@ -220,10 +153,10 @@ class Policy:
             logprobs_BT, entropy_BT = self.token_logprobs(hidden_BTH, micro_batch)
             return {"both": torch.stack([logprobs_BT, entropy_BT], dim=1)}
 
-        micro_batches = self._share(batch, micro_batch_size)
-        kept = read_micro_batches(self.model, micro_batches, read)
-        both_N2T = self._collect([entry["both"] for entry in kept], micro_batches, tokens=True)
-        both_N2T = both_N2T[: batch.rows, :, : batch.width].cpu()
+        share = self._share(batch, micro_batch_size)
+        kept = read_micro_batches(self.model, share.micro_batches, read)
+        both_N2T = self._collect([entry["both"] for entry in kept], share, tokens=True)
+        both_N2T = both_N2T[: batch.rows].cpu()
         return both_N2T[:, 0], both_N2T[:, 1]
 
     def accumulate(
@@ -242,9 +175,9 @@ class Policy:
         """
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
-        micro_batches = self._share(batch, micro_batch_size)
-        kept = run_micro_batches(self.model, micro_batches, loss_function)
-        sums_N = self._collect([entry["logprob_sums"] for entry in kept], micro_batches)
+        share = self._share(batch, micro_batch_size)
+        kept = run_micro_batches(self.model, share.micro_batches, loss_function)
+        sums_N = self._collect([entry["logprob_sums"] for entry in kept], share)
         sums_N = sum_over(sums_N, self.layout.context_group)
         return self._sum_scalars(kept), sums_N[: batch.rows].cpu()
 
@@ -260,54 +193,27 @@ class Policy:
         self.optimizer.step()
         return Update(grad_norm, skipped=False)
 
-    def _share(self, batch: MicroBatch, micro_batch_size: int) -> list[MicroBatch]:
-        """This rank's micro-batches, equally shaped and equally many on every rank.
+    def _share(self, batch: MicroBatch, micro_batch_size: int) -> Share:
+        return share_of(batch, micro_batch_size, self.layout, self._width_multiple)
 
-        Rows that fill up the last micro-batch carry no completion tokens and no weight.
-        """
-        per_rank = -(-batch.rows // self.layout.data_size)
-        size = min(micro_batch_size, per_rank)
-        per_rank = -(-per_rank // size) * size
-        start = self.layout.data_rank * per_rank
-        rows = torch.arange(start, start + per_rank)
-        real = rows < batch.rows
-        shared = batch.select(rows.clamp(max=batch.rows - 1))
-        shared = replace(shared, mask_BT=shared.mask_BT & real[:, None])
-        shared = self._own_tokens(shared.padded(self._width_multiple))
-        return [
-            shared.select(torch.arange(first, first + size)).to(self.layout.device)
-            for first in range(0, per_rank, size)
-        ]
-
-    def _own_tokens(self, batch: MicroBatch) -> MicroBatch:
-        """The tokens that this rank holds under context parallelism."""
-        layout = self.layout
-        if layout.context_size == 1:
-            return batch
-        return batch.at(positions_of(batch.width, layout.context_size, layout.context_rank))
-
-    def _collect(
-        self, parts: list[Tensor], micro_batches: list[MicroBatch], tokens: bool = False
-    ) -> Tensor:
+    def _collect(self, parts: list[Tensor], share: Share, tokens: bool = False) -> Tensor:
         """Rows kept on the last stage of each replica, on all ranks, in global row order.
 
         Args:
             parts: per micro-batch one number per row [B], float64, or (``tokens``) two numbers per
                 token [B, 2, t], float32; empty on other stages.
-            micro_batches: this rank's, for their shapes.
+            share: whose micro-batches these are.
             tokens: which of the two.
         """
-        rows, width = sum(batch.rows for batch in micro_batches), micro_batches[0].width
+        rows, device = len(share.order_n), self.layout.device
         if parts:
-            values = torch.cat(parts)
+            values = share.whole_tokens(parts, self.layout) if tokens else torch.cat(parts)
         elif tokens:
-            values = torch.empty((rows, 2, width), dtype=torch.float32, device=self.layout.device)
+            values = torch.empty((rows, 2, share.width), dtype=torch.float32, device=device)
         else:
-            values = torch.empty(rows, dtype=torch.float64, device=self.layout.device)
+            values = torch.empty(rows, dtype=torch.float64, device=device)
         values = broadcast_from_last(values, self.layout.pipeline_group)
-        if tokens:
-            values = whole_sequences(values, self.layout.context_group)
-        return all_gather_rows(values, self.layout.data_group)
+        return all_gather_rows(share.in_row_order(values), self.layout.data_group)
 
     def _sum_scalars(self, kept: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         names = ("loss", "clipped")

@@ -38,7 +38,8 @@ from nemo_apo.step_metrics import (
 )
 from nemo_apo.tasks import Task
 from nemo_apo.trainer.anchors import RememberedWeights
-from nemo_apo.trainer.policy import MicroBatch, Policy
+from nemo_apo.trainer.micro_batch import MicroBatch
+from nemo_apo.trainer.policy import Policy
 from nemo_apo.trainer.rollout_source import Drawn, RolloutSource
 from nemo_apo.trainer.rollouts import Rollouts, known
 

@@ -15,7 +15,8 @@ from nemo_apo.config import Config, OptimizerConfig
 from nemo_apo.core.anchoring import sequence_sums
 from nemo_apo.core.objectives import Columns
 from nemo_apo.tasks import Prompt, Task
-from nemo_apo.trainer.policy import MicroBatch, Policy
+from nemo_apo.trainer.micro_batch import MicroBatch
+from nemo_apo.trainer.policy import Policy
 from nemo_apo.trainer.rollouts import check_tokens
 
 

@@ -9,7 +9,8 @@ from nemo_apo.core.anchoring import sequence_sums
 from nemo_apo.core.objectives import Columns
 from nemo_apo.parallel import layout as parallel_layout
 from nemo_apo.parallel.step import causal_mask
-from nemo_apo.trainer.policy import MicroBatch, Policy
+from nemo_apo.trainer.micro_batch import MicroBatch
+from nemo_apo.trainer.policy import Policy
 from tests.trainer.tiny_runs import build_policy, parallel, tiny_config
 
 from .ranks import run_ranks

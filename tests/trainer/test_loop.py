@@ -11,7 +11,7 @@ from torch import Tensor
 from nemo_apo import record
 from nemo_apo.config import Config, WarmStartConfig
 from nemo_apo.trainer import loop
-from nemo_apo.trainer.policy import MicroBatch
+from nemo_apo.trainer.micro_batch import MicroBatch
 from nemo_apo.trainer.rl_step import RLStep
 from tests.parallel.ranks import RankFailure, run_ranks
 

@@ -18,7 +18,7 @@ from nemo_apo.core.temperature import AdaptiveTemperature
 from nemo_apo.parallel import layout as parallel_layout
 from nemo_apo.parallel.layout import Layout
 from nemo_apo.tasks import Prompt, SortTask
-from nemo_apo.trainer.policy import MicroBatch
+from nemo_apo.trainer.micro_batch import MicroBatch
 from tests.parallel.ranks import run_ranks
 
 from .tiny_runs import (

@@ -13,8 +13,9 @@ from torch import Tensor
 from nemo_apo.parallel import layout as parallel_layout
 from nemo_apo.parallel.step import causal_mask
 from nemo_apo.tasks import Prompt
+from nemo_apo.trainer.micro_batch import MicroBatch
 from nemo_apo.trainer.model import HiddenStateGPT
-from nemo_apo.trainer.policy import MicroBatch, Policy
+from nemo_apo.trainer.policy import Policy
 from nemo_apo.trainer.rollouts import Completions, assemble
 from nemo_apo.trainer.sampler import draw, generate, uniforms
 from tests.parallel.ranks import run_ranks
