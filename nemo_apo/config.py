@@ -116,6 +116,8 @@ class ParallelConfig:
 
     Attributes:
         tensor_model_parallel_size, pipeline_model_parallel_size, context_parallel_size: sizes.
+        virtual_pipeline_model_parallel_size: chunks of layers that each pipeline stage is cut into,
+            to wait less for the others; null is one.
         sequence_parallel: split what is outside attention and MLP over the tensor-parallel ranks
             too, along the sequence.
         recompute: what is computed again in the backward pass instead of kept: "none",
@@ -128,6 +130,7 @@ class ParallelConfig:
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
     context_parallel_size: int = 1
+    virtual_pipeline_model_parallel_size: int | None = None
     sequence_parallel: bool = False
     recompute: str = "none"
     distributed_optimizer: bool = False
@@ -413,6 +416,7 @@ def _check_layout(config: Config, world_size: int) -> None:
         pp,
         f"must divide model.num_layers={model.num_layers}",
     )
+    _check_virtual(parallel, model)
     rule = "needs parallel.tensor_model_parallel_size > 1, over whose ranks it splits"
     require(tp > 1 or not parallel.sequence_parallel, "parallel.sequence_parallel", "true", rule)
     cp, key = parallel.context_parallel_size, "parallel.tensor_model_parallel_size x "
@@ -424,6 +428,19 @@ def _check_layout(config: Config, world_size: int) -> None:
         f"must divide the number of ranks, which is {world_size} "
         "(NPROC=n scripts/quickstart.sh starts n ranks)",
     )
+
+
+def _check_virtual(parallel: ParallelConfig, model: ModelConfig) -> None:
+    chunks, key = parallel.virtual_pipeline_model_parallel_size, "parallel.virtual_pipeline_model_"
+    key += "parallel_size"
+    if chunks is None:
+        return
+    require(chunks >= 2, key, chunks, "must be at least 2, or null for none")
+    stages = parallel.pipeline_model_parallel_size
+    require(stages > 1, key, chunks, "needs parallel.pipeline_model_parallel_size > 1")
+    rule = f"times parallel.pipeline_model_parallel_size={stages} must divide "
+    rule += f"model.num_layers={model.num_layers}"
+    require(model.num_layers % (stages * chunks) == 0, key, chunks, rule)
 
 
 def _check_saving(config: Config) -> None:

@@ -335,6 +335,16 @@ class TestMistakes:
             (["parallel.pipeline_model_parallel_size=0"], 1, "must be at least 1"),
             (["parallel=cp2"], 3, "must divide the number of ranks, which is 3"),
             (["parallel.sequence_parallel=true"], 1, "tensor_model_parallel_size > 1"),
+            (
+                ["parallel.virtual_pipeline_model_parallel_size=2"],
+                1,
+                "pipeline_model_parallel_size >",
+            ),
+            (
+                ["parallel=pp2", "parallel.virtual_pipeline_model_parallel_size=2"],
+                2,
+                "must divide model.num_layers=2",
+            ),
             (["parallel.recompute=all"], 1, "must be one of none, selective, full"),
             (["parallel.distributed_optimizer=true"], 1, "its state cannot be saved yet"),
             (["model.params_dtype=float16"], 1, "must be one of float32, bfloat16"),

@@ -24,6 +24,7 @@ class Layout:
         tensor_size, pipeline_size, context_size, data_size: parallel sizes; their product is
             ``world_size``.
         tensor_rank, pipeline_rank, context_rank, data_rank: this rank's place in each.
+        virtual_size: chunks of layers of a pipeline stage.
     """
 
     device: torch.device
@@ -37,6 +38,7 @@ class Layout:
     data_rank: int
     context_size: int = 1
     context_rank: int = 0
+    virtual_size: int = 1
 
     @property
     def is_last_stage(self) -> bool:
@@ -91,6 +93,7 @@ def initialize(parallel: ParallelConfig, seed: int) -> Layout:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
         context_parallel_size=parallel.context_parallel_size,
         distributed_timeout_minutes=parallel.timeout_minutes,
     )
@@ -107,6 +110,7 @@ def initialize(parallel: ParallelConfig, seed: int) -> Layout:
         data_rank=parallel_state.get_data_parallel_rank(),
         context_size=parallel_state.get_context_parallel_world_size(),
         context_rank=parallel_state.get_context_parallel_rank(),
+        virtual_size=parallel.virtual_pipeline_model_parallel_size or 1,
     )
 
 

@@ -50,12 +50,12 @@ def _forward(batches: Iterator[Any], model: torch.nn.Module) -> tuple[Tensor, An
 
 
 def run_micro_batches(
-    model: torch.nn.Module, micro_batches: Sequence[Any], loss_function: LossFunction
+    chunks: Sequence[torch.nn.Module], micro_batches: Sequence[Any], loss_function: LossFunction
 ) -> list[dict[str, Tensor]]:
     """Forward and backward; gradients are added to the model's gradient buffers and reduced.
 
     Args:
-        model: the wrapped (DDP) stage of this rank.
+        chunks: the wrapped (DDP) chunks of this rank's stage, one without a virtual pipeline.
         micro_batches: equally shaped micro-batches, the same number on every rank.
         loss_function: called on the last pipeline stage.
 
@@ -72,12 +72,12 @@ def run_micro_batches(
         output, batch = _forward(batches, stage)
         return output, partial(loss, batch)
 
-    return _run(model, micro_batches, forward_step, forward_only=False)
+    return _run(chunks, micro_batches, forward_step, forward_only=False)
 
 
 @torch.no_grad()
 def read_micro_batches(
-    model: torch.nn.Module, micro_batches: Sequence[Any], read_function: ReadFunction
+    chunks: Sequence[torch.nn.Module], micro_batches: Sequence[Any], read_function: ReadFunction
 ) -> list[dict[str, Tensor]]:
     """Forward only; returns what ``read_function`` kept per micro-batch (last stage only)."""
 
@@ -88,20 +88,25 @@ def read_micro_batches(
         output, batch = _forward(batches, stage)
         return output, partial(read, batch)
 
-    return _run(model, micro_batches, forward_step, forward_only=True)
+    return _run(chunks, micro_batches, forward_step, forward_only=True)
 
 
 def _run(
-    model: torch.nn.Module, micro_batches: Sequence[Any], forward_step: Any, forward_only: bool
+    chunks: Sequence[torch.nn.Module],
+    micro_batches: Sequence[Any],
+    forward_step: Any,
+    forward_only: bool,
 ) -> list[dict[str, Tensor]]:
     rows, length = micro_batches[0].inputs_BT.shape
     run = get_forward_backward_func()
     # megatron asks for the whole sequence's length, of which a context-parallel rank holds a part.
     length *= parallel_state.get_context_parallel_world_size()
+    # Every chunk sees every micro-batch.
+    batches = [iter(micro_batches) for _ in chunks]
     return run(
         forward_step_func=forward_step,
-        data_iterator=iter(micro_batches),
-        model=model,
+        data_iterator=batches if len(chunks) > 1 else batches[0],
+        model=list(chunks) if len(chunks) > 1 else chunks[0],
         num_microbatches=len(micro_batches),
         seq_length=length,
         micro_batch_size=rows,

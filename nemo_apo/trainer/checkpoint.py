@@ -23,7 +23,7 @@ from nemo_apo.trainer.anchors import ROLES, RememberedWeights
 from nemo_apo.trainer.policy import Policy
 
 STATE_FILE = "trainer_state.json"
-_FORMAT = 1
+_FORMAT = 2
 # Sections that decide what the weights, the schedule's memory and the data stream mean.
 _FIXED_SECTIONS = (
     "task",
@@ -84,8 +84,7 @@ class TrainerState:
 
 def _sharded(policy: Policy, remembered: RememberedWeights, is_loading: bool) -> dict[str, Any]:
     """What megatron saves or loads: weights, optimizer and remembered weights of this rank."""
-    module = policy.model.module
-    model = module.sharded_state_dict()
+    model = _chunks(policy)
     state: dict[str, Any] = {
         "model": model,
         "optimizer": policy.optimizer.sharded_state_dict(model, is_loading=is_loading),
@@ -94,8 +93,26 @@ def _sharded(policy: Policy, remembered: RememberedWeights, is_loading: bool) ->
         weights = getattr(remembered, role)
         if weights is not None:
             with policy.holding(weights):
-                state[role] = _as_held(module.sharded_state_dict(prefix=f"{role}."))
+                state[role] = {
+                    chunk: _as_held(entries)
+                    for chunk, entries in _chunks(policy, f"{role}.").items()
+                }
     return state
+
+
+def _chunks(policy: Policy, prefix: str = "") -> dict[str, dict[str, Any]]:
+    """megatron's entries for the weights of each chunk of this rank's stage."""
+    return {
+        f"chunk{number}": chunk.module.sharded_state_dict(prefix=prefix)
+        for number, chunk in enumerate(policy.chunks)
+    }
+
+
+def _take(policy: Policy, loaded: dict[str, dict[str, Any]], prefix: str = "") -> None:
+    """Put loaded weights into the chunks of this rank's stage."""
+    for number, chunk in enumerate(policy.chunks):
+        entries = loaded[f"chunk{number}"].items()
+        chunk.module.load_state_dict({key.removeprefix(prefix): value for key, value in entries})
 
 
 def _as_held(state: dict[str, Any]) -> dict[str, Any]:
@@ -143,7 +160,7 @@ def save_weights(folder: Path, policy: Policy) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
     dist.barrier()
-    dist_checkpointing.save({"model": policy.model.module.sharded_state_dict()}, str(folder))
+    dist_checkpointing.save({"model": _chunks(policy)}, str(folder))
 
 
 def load_weights(folder: Path, policy: Policy) -> None:
@@ -154,8 +171,7 @@ def load_weights(folder: Path, policy: Policy) -> None:
     """
     if not dist_checkpointing.check_is_distributed_checkpoint(str(folder)):
         raise CheckpointError(f"warm_start.load={folder}: not a checkpoint folder")
-    wanted = {"model": policy.model.module.sharded_state_dict()}
-    policy.model.module.load_state_dict(dist_checkpointing.load(wanted, str(folder))["model"])
+    _take(policy, dist_checkpointing.load({"model": _chunks(policy)}, str(folder))["model"])
 
 
 def latest(root: Path) -> Path | None:
@@ -183,15 +199,13 @@ def load(
             "regularizers.kl_coef)"
         )
     loaded = dist_checkpointing.load(_sharded(policy, remembered, is_loading=True), str(folder))
-    policy.model.module.load_state_dict(loaded["model"])
+    _take(policy, loaded["model"])
     policy.optimizer.load_state_dict(loaded["optimizer"])
     for role in ROLES:
         weights = getattr(remembered, role)
         if weights is not None:
-            prefix = f"{role}."
-            values = {key.removeprefix(prefix): value for key, value in loaded[role].items()}
             with policy.holding(weights):
-                policy.model.module.load_state_dict(values)
+                _take(policy, loaded[role], f"{role}.")
     return TrainerState.from_state_dict(content["state"])
 
 

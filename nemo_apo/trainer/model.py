@@ -1,5 +1,6 @@
 """A Qwen3-shaped ``GPTModel`` of real megatron-core, its DDP wrapper and its optimizer."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -47,6 +48,28 @@ class HiddenStateGPT(GPTModel):
                 hidden_states, tensor_parallel_output_grad=False
             )
         return hidden_states.transpose(0, 1)
+
+
+class Stage(torch.nn.Module):
+    """All layers of a rank's pipeline stage as one module, when they are cut into chunks.
+
+    It holds the chunks' own submodules: for what looks at weights by name and layer number.
+    """
+
+    def __init__(self, chunks: Sequence[HiddenStateGPT]) -> None:
+        super().__init__()
+        first, last = chunks[0], chunks[-1]
+        self.config, self.pg_collection = first.config, first.pg_collection
+        self.pre_process, self.post_process = first.pre_process, last.post_process
+        self.share_embeddings_and_output_weights = first.share_embeddings_and_output_weights
+        self.decoder = torch.nn.Module()
+        layers = [layer for chunk in chunks for layer in chunk.decoder.layers]
+        self.decoder.layers = torch.nn.ModuleList(layers)
+        if first.pre_process:
+            self.embedding = first.embedding
+        if last.post_process:
+            self.decoder.final_layernorm = last.decoder.final_layernorm
+            self.output_layer = last.output_layer
 
 
 class SequenceParallelRMSNorm(torch.nn.RMSNorm):
@@ -114,14 +137,18 @@ def transformer_config(
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         context_parallel_size=parallel.context_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        # megatron's interleaved schedule is silently wrong with two stages otherwise.
+        overlap_p2p_comm=parallel.virtual_pipeline_model_parallel_size is not None,
+        batch_p2p_comm=parallel.virtual_pipeline_model_parallel_size is None,
         **_RECOMPUTE[parallel.recompute],
     )
 
 
 def _layers(
-    model: ModelConfig, config: TransformerConfig
+    model: ModelConfig, config: TransformerConfig, chunk: int | None
 ) -> ModuleSpec | TransformerBlockSubmodules:
-    """The layers of a stage, by megatron's local spec."""
+    """The layers of a stage or of one of its chunks, by megatron's local spec."""
     layer = get_gpt_layer_local_spec(qk_layernorm=model.qk_layernorm, normalization="RMSNorm")
     parts, attention = layer.submodules, layer.submodules.self_attention.submodules
     if config.context_parallel_size > 1:
@@ -132,7 +159,8 @@ def _layers(
     if model.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = SequenceParallelRMSNorm
     return TransformerBlockSubmodules(
-        layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=SequenceParallelRMSNorm
+        layer_specs=[layer] * get_num_layers_to_build(config, vp_stage=chunk),
+        layer_norm=SequenceParallelRMSNorm,
     )
 
 
@@ -144,11 +172,12 @@ def _build(
     max_sequence_length: int,
     stage: tuple[bool, bool],
     groups: ProcessGroupCollection | None,
+    chunk: int | None = None,
 ) -> HiddenStateGPT:
     pre_process, post_process = stage
     return HiddenStateGPT(
         config=config,
-        transformer_layer_spec=_layers(model, config),
+        transformer_layer_spec=_layers(model, config, chunk),
         vocab_size=vocab_size,
         max_sequence_length=max_sequence_length,
         pre_process=pre_process,
@@ -157,6 +186,7 @@ def _build(
         rotary_base=model.rotary_base,
         share_embeddings_and_output_weights=model.tied_embeddings,
         pg_collection=groups,
+        vp_stage=chunk,
     ).to(layout.device, config.params_dtype)
 
 
@@ -166,8 +196,10 @@ def build_training_model(
     parallel: ParallelConfig,
     vocab_size: int,
     max_sequence_length: int,
-) -> DistributedDataParallel:
+) -> list[DistributedDataParallel]:
     """This rank's stage of the training model, wrapped for gradient accumulation and reduction.
+
+    One module, or several chunks of layers under a virtual pipeline.
 
     Args:
         model: sizes.
@@ -177,15 +209,24 @@ def build_training_model(
         max_sequence_length: longest prompt and completion, tokens.
     """
     config = transformer_config(model, layout, parallel)
-    stage = (layout.pipeline_rank == 0, layout.is_last_stage)
-    gpt = _build(model, config, layout, vocab_size, max_sequence_length, stage, None)
     plain_sum(config)
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=False,
         use_distributed_optimizer=parallel.distributed_optimizer,
     )
-    return DistributedDataParallel(config, ddp_config, gpt)
+    wrapped = []
+    for chunk in range(layout.virtual_size):
+        ends = (
+            layout.pipeline_rank == 0 and chunk == 0,
+            layout.is_last_stage and chunk == layout.virtual_size - 1,
+        )
+        number = chunk if layout.virtual_size > 1 else None
+        gpt = _build(model, config, layout, vocab_size, max_sequence_length, ends, None, number)
+        wrapped.append(
+            DistributedDataParallel(config, ddp_config, gpt, disable_bucketing=chunk > 0)
+        )
+    return wrapped
 
 
 def build_replica(
@@ -202,7 +243,7 @@ def build_replica(
 
 
 def build_optimizer(
-    optimizer: OptimizerConfig, model: DistributedDataParallel
+    optimizer: OptimizerConfig, chunks: Sequence[DistributedDataParallel]
 ) -> MegatronOptimizer:
     """megatron's optimizer (AdamW) over the model's parameters; moments are float32."""
     config = MegatronOptimizerConfig(
@@ -214,8 +255,8 @@ def build_optimizer(
         adam_beta2=optimizer.adam_beta2,
         adam_eps=optimizer.adam_eps,
         clip_grad=optimizer.clip_grad,
-        params_dtype=model.config.params_dtype,
-        bf16=model.config.bf16,
-        use_distributed_optimizer=model.ddp_config.use_distributed_optimizer,
+        params_dtype=chunks[0].config.params_dtype,
+        bf16=chunks[0].config.bf16,
+        use_distributed_optimizer=chunks[0].ddp_config.use_distributed_optimizer,
     )
-    return get_megatron_optimizer(config, [model])
+    return get_megatron_optimizer(config, list(chunks))

@@ -26,6 +26,7 @@ from nemo_apo.parallel.step import (
 )
 from nemo_apo.trainer.micro_batch import MicroBatch
 from nemo_apo.trainer.model import (
+    Stage,
     build_optimizer,
     build_replica,
     build_training_model,
@@ -45,7 +46,8 @@ class Policy:
     """The model under training on this rank, and a replica of it that samples.
 
     Attributes:
-        model: this rank's stage, wrapped by megatron's DDP.
+        chunks: this rank's stage, wrapped by megatron's DDP; several under a virtual pipeline.
+        stage: all its layers as one module.
         optimizer: megatron's optimizer of the current phase.
         vocab_size: the unpadded vocabulary.
         temperature: sampling temperature; log-probs are those of the tempered policy.
@@ -71,7 +73,9 @@ class Policy:
             self._width_multiple *= layout.tensor_size
         padded = padded_vocab_size(vocab_size, model)
         torch.manual_seed(seed)
-        self.model = build_training_model(model, layout, parallel, padded, max_sequence_length)
+        self.chunks = build_training_model(model, layout, parallel, padded, max_sequence_length)
+        modules = [chunk.module for chunk in self.chunks]
+        self.stage = modules[0] if len(modules) == 1 else Stage(modules)
         self._replica: GPTModel | None = None
         if layout.is_model_parallel:
             torch.manual_seed(seed)
@@ -79,10 +83,11 @@ class Policy:
                 model, layout, padded, max_sequence_length, single_rank_groups()
             )
             # Initial weights come from the replica, so they do not depend on the layout.
-            with _without_tied_copy(self.model.module):
-                swap_model_weights(self._replica, self.model.module, self._refit_backend)
+            with _without_tied_copy(self.stage):
+                swap_model_weights(self._replica, self.stage, self._refit_backend)
             # Fills that copy from the first stage; nothing to do where there is none.
-            self.model.module.setup_embeddings_and_output_layer()
+            for module in modules:
+                module.setup_embeddings_and_output_layer()
         self.set_optimizer(optimizer)
 
     @property
@@ -91,20 +96,20 @@ class Policy:
 
     def set_optimizer(self, optimizer: OptimizerConfig) -> None:
         """A fresh optimizer, with empty moments."""
-        self.optimizer = build_optimizer(optimizer, self.model)
+        self.optimizer = build_optimizer(optimizer, self.chunks)
         for group in self.optimizer.param_groups:
             group["weight_decay"] = optimizer.weight_decay * group["wd_mult"]
 
     def refit_sampler(self) -> GPTModel:
         """The model that samples, holding the current weights."""
         if self._replica is None:
-            return self.model.module
-        swap_model_weights(self.model.module, self._replica, self._refit_backend)
+            return self.stage
+        swap_model_weights(self.stage, self._replica, self._refit_backend)
         return self._replica
 
     def parameters(self) -> list[torch.nn.Parameter]:
         """Parameters of this rank's stage, in a fixed order."""
-        return list(self.model.module.parameters())
+        return list(self.stage.parameters())
 
     def copy_weights(self) -> list[Tensor]:
         """A copy of this rank's weights."""
@@ -132,7 +137,7 @@ class Policy:
         hidden_nH = hidden_BTH.reshape(-1, hidden_BTH.shape[-1])[rows_n]
         values_n = linear_logprobs(
             hidden_nH,
-            self.model.module.output_weight,
+            self.chunks[-1].module.output_weight,
             batch.targets_BT.reshape(-1)[rows_n],
             vocab_size=self.vocab_size,
             group=self.layout.tensor_group,
@@ -154,7 +159,7 @@ class Policy:
             return {"both": torch.stack([logprobs_BT, entropy_BT], dim=1)}
 
         share = self._share(batch, micro_batch_size)
-        kept = read_micro_batches(self.model, share.micro_batches, read)
+        kept = read_micro_batches(self.chunks, share.micro_batches, read)
         both_N2T = self._collect([entry["both"] for entry in kept], share, tokens=True)
         both_N2T = both_N2T[: batch.rows].cpu()
         return both_N2T[:, 0], both_N2T[:, 1]
@@ -173,10 +178,11 @@ class Policy:
         Returns:
             The kept scalars summed over all rows, and the kept ``logprob_sums`` [N] (CPU, float64).
         """
-        self.model.zero_grad_buffer()
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         share = self._share(batch, micro_batch_size)
-        kept = run_micro_batches(self.model, share.micro_batches, loss_function)
+        kept = run_micro_batches(self.chunks, share.micro_batches, loss_function)
         sums_N = self._collect([entry["logprob_sums"] for entry in kept], share)
         sums_N = sum_over(sums_N, self.layout.context_group)
         return self._sum_scalars(kept), sums_N[: batch.rows].cpu()
@@ -226,7 +232,7 @@ class Policy:
 
 
 @contextlib.contextmanager
-def _without_tied_copy(stage: GPTModel) -> Iterator[None]:
+def _without_tied_copy(stage: torch.nn.Module) -> Iterator[None]:
     """Hide the copy of tied embeddings that megatron keeps on the last of several stages.
 
     The replica has no weight of that name, so the refit would not find where it comes from.

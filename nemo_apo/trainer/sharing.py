@@ -62,7 +62,9 @@ def share_of(
     """
     per_rank = -(-batch.rows // layout.data_size)
     size = min(micro_batch_size, per_rank)
-    per_rank = -(-per_rank // size) * size
+    # The interleaved schedule wants as many micro-batches as a multiple of its stages.
+    together = size * (layout.pipeline_size if layout.virtual_size > 1 else 1)
+    per_rank = -(-per_rank // together) * together
     start = layout.data_rank * per_rank
     rows_n = torch.arange(start, start + per_rank)
     real_n = rows_n < batch.rows

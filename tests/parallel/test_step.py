@@ -57,15 +57,14 @@ def accumulated(policy: Policy, batch: MicroBatch, micro_batch_size: int) -> Acc
     kept, sums = policy.accumulate(batch, micro_batch_size, loss)
     assert float(kept["clipped"]) == float(batch.mask_BT.sum()), "filled-up rows were counted"
     gradients = {
-        name: parameter.main_grad.clone()
-        for name, parameter in policy.model.module.named_parameters()
+        name: parameter.main_grad.clone() for name, parameter in policy.stage.named_parameters()
     }
     return Accumulated(float(kept["loss"]), sums, gradients)
 
 
 def directly(policy: Policy, batch: MicroBatch) -> Accumulated:
     """The same sum in one piece by plain torch, without wrapper, schedule or our log-probs."""
-    module = policy.model.module
+    module = policy.stage
     positions = torch.arange(LENGTH - 1).expand(ROWS, LENGTH - 1)
     hidden = module(batch.inputs_BT, positions, causal_mask(LENGTH - 1, torch.device("cpu")))
     logits = hidden @ module.output_weight.t()

@@ -92,6 +92,8 @@ TP2_SP = ParallelConfig(2, sequence_parallel=True)
 PP2 = ParallelConfig(1, 2)
 CP2 = ParallelConfig(context_parallel_size=2)
 TP2_PP2 = ParallelConfig(2, 2)
+VPP2 = ParallelConfig(1, 2, virtual_pipeline_model_parallel_size=2)
+FOUR_LAYERS = replace(BASE, model=replace(TINY_MODEL, num_layers=4))
 
 
 @pytest.mark.parametrize(
@@ -107,6 +109,16 @@ TP2_PP2 = ParallelConfig(2, 2)
         pytest.param(BASE, ParallelConfig(), 2, id="DP2"),
         pytest.param(CUT_GROUPS, ParallelConfig(), 2, id="DP2, groups cut"),
         pytest.param(BASE, CP2, 2, id="CP2"),
+        pytest.param(FOUR_LAYERS, VPP2, 2, id="VPP2"),
+        pytest.param(
+            replace(FOUR_LAYERS, update=ONE_BY_ONE.update), VPP2, 2, id="VPP2, micro-batches of 1"
+        ),
+        pytest.param(
+            replace(FOUR_LAYERS, model=replace(FOUR_LAYERS.model, tied_embeddings=True)),
+            VPP2,
+            2,
+            id="VPP2, tied",
+        ),
         pytest.param(ONE_BY_ONE, CP2, 2, id="CP2, micro-batches of 1"),
         pytest.param(BASE, ParallelConfig(recompute="full"), 1, id="full recompute"),
         pytest.param(BASE, ParallelConfig(recompute="selective"), 1, id="selective recompute"),

@@ -106,6 +106,12 @@ def test_apo_does_not_depend_on_the_layout(
     [
         pytest.param(BASE, ParallelConfig(context_parallel_size=2), 2, id="CP2"),
         pytest.param(BASE, ParallelConfig(2, sequence_parallel=True), 2, id="TP2+SP"),
+        pytest.param(
+            replace(BASE, model=replace(TINY_MODEL, num_layers=4)),
+            ParallelConfig(1, 2, virtual_pipeline_model_parallel_size=2),
+            2,
+            id="VPP2",
+        ),
         pytest.param(TIED, ParallelConfig(2, sequence_parallel=True), 2, id="TP2+SP, tied"),
         pytest.param(BASE, ParallelConfig(recompute="full"), 1, id="full recompute"),
         pytest.param(BASE, ParallelConfig(recompute="selective"), 1, id="selective recompute"),

@@ -43,6 +43,11 @@ VARIANTS = {
     ),
     "two tensor-parallel ranks": tiny_config(parallel=parallel(2, 1)),
     "two context-parallel ranks": tiny_config(parallel=ParallelConfig(context_parallel_size=2)),
+    "virtual pipeline, moving average": tiny_config(
+        model=replace(TINY_MODEL, num_layers=4),
+        parallel=ParallelConfig(1, 2, virtual_pipeline_model_parallel_size=2),
+        anchor=AnchorConfig(name="ema", decay=0.6),
+    ),
     "bfloat16": tiny_config(model=replace(TINY_MODEL, params_dtype="bfloat16")),
 }
 
@@ -66,7 +71,9 @@ def prepared(config: Config, root: Path, name: str, **changes: Any) -> Config:
 
 
 def ranks_of(config: Config) -> int:
-    return config.parallel.tensor_model_parallel_size * config.parallel.context_parallel_size
+    layout = config.parallel
+    model_ranks = layout.tensor_model_parallel_size * layout.pipeline_model_parallel_size
+    return model_ranks * layout.context_parallel_size
 
 
 def train(config: Config) -> None:
