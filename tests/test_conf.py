@@ -335,11 +335,7 @@ class TestMistakes:
             (["parallel.pipeline_model_parallel_size=0"], 1, "must be at least 1"),
             (["parallel=cp2"], 3, "must divide the number of ranks, which is 3"),
             (["parallel.sequence_parallel=true"], 1, "tensor_model_parallel_size > 1"),
-            (
-                ["parallel.virtual_pipeline_model_parallel_size=2"],
-                1,
-                "pipeline_model_parallel_size >",
-            ),
+            (["parallel.virtual_pipeline_model_parallel_size=2"], 1, "_model_parallel_size > 1"),
             (
                 ["parallel=pp2", "parallel.virtual_pipeline_model_parallel_size=2"],
                 2,

@@ -42,9 +42,10 @@ def saved_by(layers: int, parallel: ParallelConfig) -> int:
     from nemo_apo.trainer.model import build_training_model
 
     layout, tokens = initialize(parallel, 0), TOKENS // parallel.context_parallel_size
-    model = build_training_model(
+    (model,) = build_training_model(
         dataclasses.replace(MODEL, num_layers=layers), layout, parallel, 64, TOKENS
-    ).train()
+    )
+    model.train()
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     saved: dict[int, torch.UntypedStorage] = {}
 
