@@ -17,17 +17,10 @@ from typing import Any
 import torch
 
 from tests.aligner import cpu_host, tiny_actor
+from tests.forked_ranks import POLL_S, results_of
 
 # A fork inherits the parent's thread pool in name only: a second thread would wait for ever.
 torch.set_num_threads(1)
-
-# How long the other ranks may go on after one has failed, seconds.
-_GRACE_S = 2.0
-_POLL_S = 0.01
-
-
-class RankFailure(AssertionError):
-    """A rank raised, died or did not end in time; the message holds its traceback."""
 
 
 def run_ranks(
@@ -58,18 +51,7 @@ def run_ranks(
             context.Process(target=_run_rank, args=(rank, world_size, port, folder, work, args))
             for rank in range(world_size)
         ]
-        for process in ranks:
-            process.start()
-        try:
-            in_time = _wait(ranks, timeout_s)
-        finally:
-            for process in ranks:
-                process.kill()
-                process.join()
-        results = [folder / f"{rank}.result" for rank in range(world_size)]
-        if not all(path.exists() for path in results):
-            raise RankFailure(_what_failed(folder, ranks, in_time, timeout_s))
-        return [pickle.loads(path.read_bytes()) for path in results]
+        return results_of(ranks, folder, timeout_s)
 
 
 def _free_port() -> int:
@@ -107,7 +89,7 @@ def _run_rank(
 def _leave_together(world_size: int, folder: Path) -> None:
     """End once every rank has its result: rank 0 serves the store that others may still need."""
     while len(list(folder.glob("*.result"))) + len(list(folder.glob("*.traceback"))) < world_size:
-        time.sleep(_POLL_S)
+        time.sleep(POLL_S)
     _leave(0)
 
 
@@ -130,28 +112,3 @@ def _launcher_variables(rank: int, world_size: int, port: int) -> dict[str, str]
         "MASTER_PORT": str(port),
         "TORCHELASTIC_RUN_ID": "tests",
     }
-
-
-def _wait(ranks: list[BaseProcess], timeout_s: float) -> bool:
-    """Wait for all ranks, or shortly after the first failure; whether all ended in time."""
-    deadline = time.monotonic() + timeout_s
-    while any(process.is_alive() for process in ranks):
-        now = time.monotonic()
-        if now >= deadline:
-            return False
-        if any(process.exitcode not in (None, 0) for process in ranks):
-            deadline = min(deadline, now + _GRACE_S)
-        time.sleep(_POLL_S)
-    return True
-
-
-def _what_failed(folder: Path, ranks: list[BaseProcess], in_time: bool, timeout_s: float) -> str:
-    """The traceback of the rank that failed first: the others only lost their peer."""
-    tracebacks = sorted(folder.glob("*.traceback"), key=lambda path: path.stat().st_mtime_ns)
-    if tracebacks:
-        first = tracebacks[0]
-        return f"rank {first.stem} of {len(ranks)} failed\n{first.read_text()}"
-    codes = [process.exitcode for process in ranks]
-    if not in_time:
-        return f"ranks were killed after {timeout_s} s, exit codes {codes}"
-    return f"a rank ended without a result, exit codes {codes}"

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from tests.aligner import cpu_host
-from tests.aligner.host_ranks import RankFailure, run_ranks
+from tests.aligner.host_ranks import run_ranks
 from tests.aligner.shards import full_weights, gradients, load_shard, shard_of
 from tests.aligner.tiny_actor import Built, Kind, build, tiny_config
+from tests.forked_ranks import RankFailure
 
 SEQUENCES, TOKENS = 4, 16
 

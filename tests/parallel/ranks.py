@@ -3,7 +3,6 @@
 import multiprocessing
 import pickle
 import tempfile
-import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -17,18 +16,12 @@ import torch.distributed as dist
 # Imported before the fork (megatron-core with it), so that no rank spends seconds on it again.
 import nemo_apo.trainer.checkpoint
 import nemo_apo.trainer.rl_step  # noqa: F401
+from tests.forked_ranks import results_of
 
 # A fork inherits the parent's thread pool in name only: a second thread would wait for ever.
 torch.set_num_threads(1)
 
 _RENDEZVOUS_TIMEOUT = timedelta(seconds=60)
-# How long the other ranks may go on after one has failed, seconds.
-_GRACE_S = 2.0
-_POLL_S = 0.01
-
-
-class RankFailure(AssertionError):
-    """A rank raised, died or did not end in time; the message holds its traceback."""
 
 
 def run_ranks(
@@ -52,18 +45,7 @@ def run_ranks(
             context.Process(target=_run_rank, args=(rank, world_size, folder, work, args))
             for rank in range(world_size)
         ]
-        for process in ranks:
-            process.start()
-        try:
-            in_time = _wait(ranks, timeout_s)
-        finally:
-            for process in ranks:
-                process.kill()
-                process.join()
-        results = [folder / f"{rank}.result" for rank in range(world_size)]
-        if not all(path.exists() for path in results):
-            raise RankFailure(_what_failed(folder, ranks, in_time, timeout_s))
-        return [pickle.loads(path.read_bytes()) for path in results]
+        return results_of(ranks, folder, timeout_s)
 
 
 def _run_rank(
@@ -85,28 +67,3 @@ def _run_rank(
     partial = folder / f"{rank}.partial"
     partial.write_bytes(result)
     partial.rename(folder / f"{rank}.result")
-
-
-def _wait(ranks: list[BaseProcess], timeout_s: float) -> bool:
-    """Wait for all ranks, or shortly after the first failure; whether all ended in time."""
-    deadline = time.monotonic() + timeout_s
-    while any(process.is_alive() for process in ranks):
-        now = time.monotonic()
-        if now >= deadline:
-            return False
-        if any(process.exitcode not in (None, 0) for process in ranks):
-            deadline = min(deadline, now + _GRACE_S)
-        time.sleep(_POLL_S)
-    return True
-
-
-def _what_failed(folder: Path, ranks: list[BaseProcess], in_time: bool, timeout_s: float) -> str:
-    """The traceback of the rank that failed first: the others only lost their peer."""
-    tracebacks = sorted(folder.glob("*.traceback"), key=lambda path: path.stat().st_mtime_ns)
-    if tracebacks:
-        first = tracebacks[0]
-        return f"rank {first.stem} of {len(ranks)} failed\n{first.read_text()}"
-    codes = [process.exitcode for process in ranks]
-    if not in_time:
-        return f"ranks were killed after {timeout_s} s, exit codes {codes}"
-    return f"a rank ended without a result, exit codes {codes}"

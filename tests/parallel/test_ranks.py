@@ -7,7 +7,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from .ranks import RankFailure, run_ranks
+from tests.forked_ranks import RankFailure
+
+from .ranks import run_ranks
 
 
 def test_results_come_back_in_rank_order() -> None:

@@ -13,7 +13,8 @@ from nemo_apo.config import Config, WarmStartConfig
 from nemo_apo.trainer import loop
 from nemo_apo.trainer.micro_batch import MicroBatch
 from nemo_apo.trainer.rl_step import RLStep
-from tests.parallel.ranks import RankFailure, run_ranks
+from tests.forked_ranks import RankFailure
+from tests.parallel.ranks import run_ranks
 
 from .tiny_runs import EqualRewardTask, tiny_config
 

@@ -25,7 +25,8 @@ from nemo_apo.parallel import layout as parallel_layout
 from nemo_apo.trainer import checkpoint
 from nemo_apo.trainer.checkpoint import CheckpointError
 from nemo_apo.trainer.loop import run
-from tests.parallel.ranks import RankFailure, run_ranks
+from tests.forked_ranks import RankFailure
+from tests.parallel.ranks import run_ranks
 
 from .tiny_runs import TINY_MODEL, begin, bits_equal, parallel, tiny_config
 
