@@ -211,7 +211,7 @@ def _row(
     tflops_per_s = tokens * per_token / layout.world_size / train_s / 1e12
     peak = request.peak_tflops
     return Row(
-        layout=_layout_text(layout),
+        layout=layout.sizes,
         sequences=request.sequences,
         length=request.length,
         optimizer_steps=optimizer_steps,
@@ -226,10 +226,3 @@ def _row(
         mfu=None if peak is None else tflops_per_s / peak,
         skipped_steps=int(sum(part[record.SKIPPED_STEPS] for part in measured)),
     )
-
-
-def _layout_text(layout: Layout) -> str:
-    sizes = f"TP{layout.tensor_size} x PP{layout.pipeline_size}"
-    if layout.context_size > 1:
-        sizes += f" x CP{layout.context_size}"
-    return f"{sizes} x DP{layout.data_size}"

@@ -41,6 +41,12 @@ class Layout:
     virtual_size: int = 1
 
     @property
+    def sizes(self) -> str:
+        """The parallel sizes, as shown to a person."""
+        context = f" x CP{self.context_size}" if self.context_size > 1 else ""
+        return f"TP{self.tensor_size} x PP{self.pipeline_size}{context} x DP{self.data_size}"
+
+    @property
     def is_last_stage(self) -> bool:
         return self.pipeline_rank == self.pipeline_size - 1
 

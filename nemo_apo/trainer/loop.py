@@ -356,8 +356,7 @@ def _view(config: Config, layout: Layout) -> Iterator[View]:
 
     subtitle = (
         f"{config.task.name}/{config.task.reward}  {config.objective.name}  "
-        f"world {layout.world_size} = TP{layout.tensor_size} x PP{layout.pipeline_size} "
-        f"x DP{layout.data_size}"
+        f"world {layout.world_size} = {layout.sizes}"
     )
     with LiveView(config.run.name, config.run.steps, subtitle) as view:
         yield view
