@@ -174,9 +174,9 @@ class _LinearLogProbs(torch.autograd.Function):
         count, device = hidden_TH.shape[0], hidden_TH.device
         sums = _Sums.empty(count, head.sum_dtype, device)
         work, kept = _workspace(head, hidden_TH), []
-        buffer = _chunk_buffer(head, count, device)
+        keep = head.mode == "keep_logits"
+        buffer = None if keep else _chunk_buffer(head, count, device)
         for start, end in head.chunks():
-            keep = head.mode == "keep_logits"
             room = _chunk_buffer(head, count, device) if keep else buffer
             logits_Tc = head.product(hidden_TH, start, end, _shaped(room, count, end - start))
             kept += [logits_Tc] if keep else []
