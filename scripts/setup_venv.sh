@@ -143,6 +143,6 @@ check_space() {
     local free_kb
     free_kb=$(df -Pk "$ROOT" | awk 'NR == 2 {print $4}')
     ((free_kb >= NEEDED_KB)) ||
-        fail "about 3 GB must be free for .venv (more for a torch with CUDA), $ROOT has" \
+        fail "about 3 GB must be free for $(basename "$VENV") (more for a torch with CUDA), $ROOT has" \
             "$((free_kb / 1024)) MB"
 }

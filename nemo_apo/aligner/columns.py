@@ -25,19 +25,16 @@ MASK = "mask"
 
 def attach(batch: dict[str, Tensor], columns: Columns) -> None:
     """Put an objective's columns into a host batch, on the batch's device."""
-    device = batch[TOKENS].device
-    batch[COEFFICIENT] = columns.coefficient_N.to(device)
-    batch[ADVANTAGE] = columns.advantage_N.to(device)
-    batch[TOKEN_WEIGHT] = columns.token_weight_N.to(device)
+    columns = columns.to(batch[TOKENS].device)
+    batch[COEFFICIENT] = columns.coefficient_N
+    batch[ADVANTAGE] = columns.advantage_N
+    batch[TOKEN_WEIGHT] = columns.token_weight_N
 
 
 def attached(micro_batch: Mapping[str, Tensor], like: Tensor) -> Columns:
     """An objective's columns of a micro-batch, on the device of ``like``."""
-    return Columns(
-        coefficient_N=micro_batch[COEFFICIENT].to(like.device),
-        advantage_N=micro_batch[ADVANTAGE].to(like.device),
-        token_weight_N=micro_batch[TOKEN_WEIGHT].to(like.device),
-    )
+    columns = Columns(micro_batch[COEFFICIENT], micro_batch[ADVANTAGE], micro_batch[TOKEN_WEIGHT])
+    return columns.to(like.device)
 
 
 def token_inputs(

@@ -44,6 +44,7 @@ from nemo_apo.config import ConfigError
 from nemo_apo.core.anchoring import sequence_sums
 from nemo_apo.core.diagnostics import observe
 from nemo_apo.core.objectives import Weighing
+from nemo_apo.core.objectives.anchored import needs_refresh, uses_stale_logprobs
 from nemo_apo.core.settling import RolloutLimits
 from nemo_apo.core.step_order import whole_group_order
 from nemo_apo.parallel.gather import all_gather_rows, all_true
@@ -88,11 +89,12 @@ class ApoGRPOTrainer(GRPOTrainer):
         """The host's training data and metrics, over the reordered rollout, with ours beside."""
         size = self.cfg.samples_per_prompt
         check_rollout(rollout_batch, size, self.limits.vocab_size)
-        own = self._own_reading(rollout_batch)
+        mask_NT = _mask(rollout_batch)
+        own = self._own_reading(rollout_batch, mask_NT)
         order_N = self._order(rollout_batch[columns.GROUP_ID])
         rollout = type(rollout_batch)(reorder(rollout_batch, order_N))
         local, host_metrics = super().create_grpo_training_data_from_inferences(rollout)
-        mask_NT = _mask(rollout)
+        mask_NT = mask_NT[order_N.to(mask_NT.device)]
         groups = settle_rollout(rollout, mask_NT, self.apo)
         entropy_sums_N = own.entropy_sums_N[order_N.to(own.entropy_sums_N.device)]
         settled = settle_rollout_steps(
@@ -145,10 +147,9 @@ class ApoGRPOTrainer(GRPOTrainer):
         except ValueError as error:
             raise RolloutError(str(error)) from None
 
-    def _own_reading(self, rollout: Any) -> OwnReading:
+    def _own_reading(self, rollout: Any, mask_NT: Tensor) -> OwnReading:
         """Sums over the actor's last log-prob pass, gathered in the rollout's (unordered) order."""
         reading = self.model.apo_reading
-        mask_NT = _mask(rollout)
         rank, count = _data_rank(), mask_NT.shape[0] // _data_ranks()
         mask_bT = mask_NT[rank * count : (rank + 1) * count]
         fits = reading is not None and reading.logprobs_bT.shape == mask_bT.shape
@@ -196,7 +197,7 @@ class ApoGRPOTrainer(GRPOTrainer):
                 "an optimizer step holds part of a group: the host's split of the rollout is not "
                 "the one that it was ordered for"
             )
-        if tally.steps > 0 and self._refreshes:
+        if tally.steps > 0 and needs_refresh(self.apo.objective):
             settled.known_n[rows_m] = watch.time(
                 record.REFRESH_SECONDS, lambda: self._current_sums(batch)[trained_M]
             )
@@ -213,15 +214,6 @@ class ApoGRPOTrainer(GRPOTrainer):
             record.TRAIN_SECONDS,
             lambda: self._update(batch, weighing, settled, trained_M, rows_m, tally),
         )
-
-    @property
-    def _refreshes(self) -> bool:
-        objective = self.apo.objective
-        return objective.weighs_current_policy and not self._is_stale
-
-    @property
-    def _is_stale(self) -> bool:
-        return getattr(self.apo.objective, "refresh", "forward") == "stale"
 
     def _current_sums(self, batch: dict[str, Any]) -> Tensor:
         """Sequence log-probs of the optimizer step's rows under the policy as it stands, [N]."""
@@ -293,7 +285,7 @@ class ApoGRPOTrainer(GRPOTrainer):
 
         The forward pass of the step itself tells what they should have been, at no extra cost.
         """
-        if not self._is_stale or tally.steps == 0:
+        if not uses_stale_logprobs(self.apo.objective) or tally.steps == 0:
             return
         exact = replace(settled.part(rows_m), logprob_sums_N=current_m)
         weighing = self.apo.objective.weigh(exact, settled.alpha)

@@ -101,7 +101,8 @@ def check_passes(cfg: DictConfig) -> None:
     """Batch sizes of sampling and of the log-prob pass, which the host asserts in mid-run."""
     grpo, ranks = cfg.trainer.grpo, data_parallel_size(cfg)
     for prefix in ("", "val_"):
-        prompts, samples = grpo[f"{prefix}prompt_micro_batch_size"], _samples(grpo, prefix)
+        prompts = grpo[f"{prefix}prompt_micro_batch_size"]
+        samples = grpo[f"{prefix}samples_per_prompt"]
         key, size = "trainer.grpo.generation_rollout_mbs", grpo.generation_rollout_mbs
         rule = f"must be a multiple of trainer.grpo.{prefix}prompt_micro_batch_size={prompts}"
         require(size % prompts == 0, key, size, rule)
@@ -119,10 +120,6 @@ def check_passes(cfg: DictConfig) -> None:
     limit, length = cfg.model.grpo.length_params.max_length, cfg.model.encoder_seq_length
     rule = f"must be less than model.encoder_seq_length={length}, which holds the prompt as well"
     require(limit < length, "model.grpo.length_params.max_length", limit, rule)
-
-
-def _samples(grpo: DictConfig, prefix: str) -> int:
-    return grpo[f"{prefix}samples_per_prompt"]
 
 
 def check_known(cfg: DictConfig) -> None:

@@ -125,7 +125,10 @@ def read_settings(apo: DictConfig | Mapping[str, Any] | None) -> ApoSettings:
             near = suggestion(f"{PREFIX}{section}", _choices())
             raise ConfigError(f"{PREFIX}{section}: there is no such key{near}")
     _check_vocab_size(vocab_size)
-    sections = {name: _section(name, values.get(name, {})) for name in SCHEMA.defaults}
+    as_shipped = shipped()
+    sections = {
+        name: _section(name, values.get(name, {}), as_shipped[name]) for name in SCHEMA.defaults
+    }
     return ApoSettings(**sections, vocab_size=vocab_size)
 
 
@@ -135,18 +138,19 @@ def shipped() -> dict[str, Any]:
     return OmegaConf.to_container(OmegaConf.load(path).model.apo, resolve=True)  # type: ignore
 
 
-def _section(section: str, values: object) -> Any:
+def _section(section: str, values: object, as_shipped: Mapping[str, Any]) -> Any:
     if not isinstance(values, Mapping):
         return typed_section(section, values, SCHEMA)
     values = dict(values)
     if "" not in SCHEMA.defaults[section]:
-        values = _of_chosen_class(section, values)
+        values = _of_chosen_class(section, values, as_shipped)
     return typed_section(section, values, SCHEMA)
 
 
-def _of_chosen_class(section: str, values: dict[str, Any]) -> dict[str, Any]:
+def _of_chosen_class(
+    section: str, values: dict[str, Any], as_shipped: Mapping[str, Any]
+) -> dict[str, Any]:
     """A tagged section without its nulls, and without other classes' keys that are as shipped."""
-    as_shipped = shipped()[section]
     values.setdefault(NAME, as_shipped[NAME])
     default = SCHEMA.defaults[section].get(values[NAME])
     own = set(vars(default)) if default is not None else set()

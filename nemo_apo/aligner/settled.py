@@ -165,8 +165,4 @@ def rank_columns(columns_m: Columns, trained_M: Tensor, rank: int, ranks: int) -
         column_b[own_b] = column_m[first : first + int(own_b.sum())]
         return column_b
 
-    return Columns(
-        coefficient_N=spread(columns_m.coefficient_N),
-        advantage_N=spread(columns_m.advantage_N),
-        token_weight_N=spread(columns_m.token_weight_N),
-    )
+    return columns_m.map(spread)

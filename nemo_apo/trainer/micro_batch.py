@@ -58,13 +58,7 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same on a device; float64 columns stay float64."""
-        columns = self.columns
-        if columns is not None:
-            columns = Columns(
-                coefficient_N=columns.coefficient_N.to(device),
-                advantage_N=columns.advantage_N.to(device),
-                token_weight_N=columns.token_weight_N.to(device),
-            )
+        columns = None if self.columns is None else self.columns.to(device)
         return self._map_tokens(lambda values_BT: values_BT.to(device), columns)
 
     def _map_tokens(

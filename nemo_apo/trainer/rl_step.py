@@ -20,6 +20,7 @@ from nemo_apo.config import Config
 from nemo_apo.core.alpha_schedule import ScheduleState
 from nemo_apo.core.anchoring import sequence_sums
 from nemo_apo.core.objectives import GroupBatch, TokenInputs, Weighing
+from nemo_apo.core.objectives.anchored import needs_refresh, uses_stale_logprobs
 from nemo_apo.core.objectives.regularizers import k3
 from nemo_apo.core.settling import (
     RolloutLimits,
@@ -215,13 +216,9 @@ class RLStep:
                 lambda r=rows, w=weighing, x=lr: self._train(rollouts, r, w, x, known_N, tally),
             )
 
-    @property
-    def _is_stale(self) -> bool:
-        return getattr(self.config.objective, "refresh", "forward") == "stale"
-
     def _refresh(self, rollouts: Rollouts, rows: Tensor, known_N: Tensor, watch: Stopwatch) -> None:
         """Bring the known log-probs of the rows up to date where the objective asks for it."""
-        if self.config.objective.weighs_current_policy and not self._is_stale:
+        if needs_refresh(self.config.objective):
             known_N[rows] = watch.time(
                 record.REFRESH_SECONDS, lambda: self._current_sums(rollouts, rows)
             )
@@ -241,7 +238,7 @@ class RLStep:
         tally: Tally,
     ) -> None:
         """With ``refresh: stale``, the relative error of the rollout's last coefficients."""
-        if not self._is_stale or tally.steps == 0:
+        if not uses_stale_logprobs(self.config.objective) or tally.steps == 0:
             return
         current_N = batch.logprob_sums_N.clone()
         current_N[rows] = self._current_sums(rollouts, rows)

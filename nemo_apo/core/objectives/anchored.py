@@ -18,7 +18,13 @@ from nemo_apo.core.anchoring import (
     reduce_logprobs,
     token_factor,
 )
-from nemo_apo.core.objectives.interface import Columns, GroupBatch, check_choice, token_weights
+from nemo_apo.core.objectives.interface import (
+    Columns,
+    GroupBatch,
+    Objective,
+    check_choice,
+    token_weights,
+)
 
 # What becomes of a group whose advantages are all equal. "anchor" keeps it: its coefficients are 0
 # at u = 0 and pull back to the anchor elsewhere. "drop" takes it out of the sum and the divisor.
@@ -26,6 +32,16 @@ NO_SIGNAL_RULES = ("anchor", "drop")
 # How coefficients are renewed after the first optimizer step of a rollout: from an exact no-grad
 # forward, or from the last log-probs that training happened to see (biased).
 REFRESH_RULES = ("forward", "stale")
+
+
+def uses_stale_logprobs(objective: Objective) -> bool:
+    """Whether later optimizer steps of a rollout weigh with the last log-probs known."""
+    return getattr(objective, "refresh", "forward") == "stale"
+
+
+def needs_refresh(objective: Objective) -> bool:
+    """Whether later optimizer steps of a rollout weigh with log-probs of a fresh forward pass."""
+    return objective.weighs_current_policy and not uses_stale_logprobs(objective)
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,15 @@ class Columns:
 
     def select(self, rows: Tensor) -> "Columns":
         """The columns of some sequences, in the order of ``rows``."""
-        return Columns(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
+        return self.map(lambda column_N: column_N[rows])
+
+    def to(self, device: torch.device) -> "Columns":
+        """The same on a device; float64 stays float64."""
+        return self.map(lambda column_N: column_N.to(device))
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Columns":
+        """Every column changed in the same way."""
+        return Columns(**{field.name: change(getattr(self, field.name)) for field in fields(self)})
 
 
 @dataclass(frozen=True)
