@@ -4,12 +4,17 @@ import os
 
 import hypothesis
 import pytest
+import torch
 
 # A shell inside a cluster job has these; a test that wants ranks sets them itself.
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
 
 for name in RANK_VARIABLES:
     os.environ.pop(name, None)
+
+# Before anything imports Triton: where there is no GPU, its kernels run as Python.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # Deadlines would measure how busy the machine is.
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True)

@@ -9,10 +9,13 @@ vocabulary (ours; the sums are the online softmax of arXiv 1805.02867):
 The vocabulary is walked in chunks. Forward keeps a running maximum and sums per token; backward
 computes each chunk of logits once more. Three collectives over the tensor-parallel ranks in all:
 the maxima and the sums after the forward loop, dL/dh after the backward loop. Rows of a padded
-vocabulary take no part. Axes: T tokens, H hidden, V vocabulary (v on this rank), c of a chunk.
+vocabulary take no part. Here are the matrix products and the loops; what is done to a chunk in
+between is in ``logprob_chunks``. Axes: T tokens, H hidden, V vocabulary (v on this rank), c of a
+chunk.
 """
 
-from collections.abc import Iterator
+import importlib.util
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,14 +23,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nemo_apo.parallel.logprob_chunks import Chunks, Slope, Sums, TorchChunks
+
 # "exact" computes float32 logits whatever the inputs, "bf16" rounds them to the inputs' dtype (on
 # a sum over a thousand tokens about 0.2 nats), "keep_logits" does as "bf16" and keeps them for the
 # backward pass in place of a second product.
 MODES = ("exact", "bf16", "keep_logits")
 # Vocabulary rows at a time: a product large enough to run at full speed, a small share of V.
 CHUNK = 8192
-# Tokens whose part of a chunk is worked on at once: it stays in a CPU core's cache.
-_CPU_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,10 @@ class _Head:
         group: the tensor-parallel group.
         scale: 1 / temperature.
         mode: one of ``MODES``.
+        backend: one of ``BACKENDS``.
+        main_grad_of: the parameter whose ``main_grad`` takes the weight's gradient; None returns
+            it to autograd.
+        sums_hidden_grad: whether dL/dh is summed over the group.
     """
 
     weight_vH: Tensor
@@ -49,6 +56,9 @@ class _Head:
     group: dist.ProcessGroup
     scale: float
     mode: str
+    backend: str
+    main_grad_of: Tensor | None
+    sums_hidden_grad: bool
 
     @property
     def logits_dtype(self) -> torch.dtype:
@@ -60,109 +70,68 @@ class _Head:
         """At least float32, whatever the logits are rounded to."""
         return torch.promote_types(self.weight_vH.dtype, torch.float32)
 
-    def chunks(self) -> Iterator[tuple[int, int]]:
+    @property
+    def width(self) -> int:
+        """Columns of the widest chunk."""
+        return min(CHUNK, self.valid)
+
+    def bounds(self) -> Iterator[tuple[int, int]]:
         """Bounds of the chunks of this rank's vocabulary rows."""
         for start in range(0, self.valid, CHUNK):
             yield start, min(start + CHUNK, self.valid)
 
-    def product(self, hidden_TH: Tensor, start: int, end: int, out_Tc: Tensor) -> Tensor:
-        """Logits of a chunk (temperature not applied), written to ``out_Tc``."""
-        rows_cH = self.weight_vH[start:end]
-        if out_Tc.dtype == hidden_TH.dtype:
-            return torch.mm(hidden_TH, rows_cH.t(), out=out_Tc)
-        if hidden_TH.is_cuda:
-            return torch.mm(hidden_TH, rows_cH.t(), out_dtype=out_Tc.dtype)
-        # A CPU has no product of bf16 inputs with a float32 result.
-        return torch.mm(hidden_TH.to(out_Tc.dtype), rows_cH.to(out_Tc.dtype).t(), out=out_Tc)
+    def chunks(self, hidden_TH: Tensor) -> Chunks:
+        """What works on the chunks of one pass."""
+        make = BACKENDS[self.backend]
+        return make(hidden_TH.shape[0], self.width, self.sum_dtype, hidden_TH.device)
+
+    def columns(self, targets_T: Tensor, start: int) -> Tensor:
+        """Columns of the targets in the chunk that begins at ``start``."""
+        return targets_T - (self.first + start)
 
 
-@dataclass
-class _Sums:
-    """Running sums over the vocabulary, [T] each, in ``_Head.sum_dtype``.
+class _Logits:
+    """Logits of one chunk after the other (temperature not applied).
 
-    Attributes:
-        peak_T: largest logit so far.
-        total_T: sum of exp(x - peak).
-        moment_T: sum of exp(x - peak) (x - peak).
-        target_T: the target's logit where this rank holds it.
+    They share one buffer, except where they are kept and on a GPU, whose allocator uses memory
+    again and whose product of bf16 inputs with a float32 result takes no buffer.
     """
 
-    peak_T: Tensor
-    total_T: Tensor
-    moment_T: Tensor
-    target_T: Tensor
+    def __init__(self, head: _Head, hidden_TH: Tensor, keep: bool) -> None:
+        self._head, self._hidden_TH = head, hidden_TH
+        self._buffer = None
+        if not keep and not hidden_TH.is_cuda:
+            self._buffer = self._room(head.width)
 
-    @classmethod
-    def empty(cls, count: int, dtype: torch.dtype, device: torch.device) -> "_Sums":
-        zeros_T = torch.zeros(count, dtype=dtype, device=device)
-        return cls(
-            torch.full_like(zeros_T, float("-inf")), zeros_T, zeros_T.clone(), zeros_T.clone()
-        )
+    def _room(self, width: int) -> Tensor:
+        count = self._hidden_TH.shape[0] * width
+        return torch.empty(count, dtype=self._head.logits_dtype, device=self._hidden_TH.device)
 
-    def move_peak(self, peak_T: Tensor) -> None:
-        """Measure the sums from another peak; a rank without vocabulary has none to measure."""
-        shift_T = torch.where(self.total_T > 0.0, self.peak_T - peak_T, 0.0)
-        factor_T = torch.exp(shift_T)
-        self.moment_T = factor_T * (self.moment_T + shift_T * self.total_T)
-        self.total_T = factor_T * self.total_T
-        self.peak_T = peak_T
-
-    def add(self, logits_Tc: Tensor, scale: float, work: Tensor) -> None:
-        """Take in a chunk of logits."""
-        peak_T = logits_Tc.amax(dim=-1).to(self.peak_T.dtype)
-        self.move_peak(torch.maximum(self.peak_T, peak_T if scale == 1.0 else peak_T * scale))
-        for rows in _row_blocks(logits_Tc):
-            x_Bc = _scaled(logits_Tc[rows], scale, work)
-            x_Bc.sub_(self.peak_T[rows, None])
-            exp_Bc = torch.exp(x_Bc)
-            self.total_T[rows] += exp_Bc.sum(dim=-1)
-            self.moment_T[rows] += torch.linalg.vecdot(exp_Bc, x_Bc)
-
-    def combine(self, group: dist.ProcessGroup) -> None:
-        """Sums over all ranks of the tensor-parallel group."""
-        if dist.get_world_size(group) == 1:
-            return
-        peak_T = self.peak_T.clone()
-        dist.all_reduce(peak_T, op=dist.ReduceOp.MAX, group=group)
-        self.move_peak(peak_T)
-        sums_3T = torch.stack([self.total_T, self.moment_T, self.target_T])
-        dist.all_reduce(sums_3T, group=group)
-        self.total_T, self.moment_T, self.target_T = sums_3T
+    def of_chunk(self, start: int, end: int) -> Tensor:
+        """Logits [T, c] of the rows from ``start`` to ``end``; those before are overwritten."""
+        hidden_TH, rows_cH = self._hidden_TH, self._head.weight_vH[start:end]
+        dtype = self._head.logits_dtype
+        if hidden_TH.is_cuda:
+            return _product(hidden_TH, rows_cH.t(), dtype)
+        room = self._room(end - start) if self._buffer is None else self._buffer
+        out_Tc = room[: hidden_TH.shape[0] * (end - start)].view(-1, end - start)
+        # A CPU has no product of bf16 inputs with a float32 result.
+        return torch.mm(hidden_TH.to(dtype), rows_cH.to(dtype).t(), out=out_Tc)
 
 
-def _row_blocks(logits_Tc: Tensor) -> Iterator[slice]:
-    """Tokens to work on at once: all of them on a GPU."""
-    count = logits_Tc.shape[0]
-    step = count if logits_Tc.is_cuda else _CPU_ROWS
-    for start in range(0, count, max(1, step)):
-        yield slice(start, start + step)
+def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """The product on a GPU, in the dtype of the inputs or in float32."""
+    return torch.mm(left, right) if left.dtype == dtype else torch.mm(left, right, out_dtype=dtype)
 
 
-def _workspace(head: _Head, hidden_TH: Tensor) -> Tensor:
-    """Room for one block of a chunk in the dtype of the sums."""
-    count = hidden_TH.shape[0]
-    rows = count if hidden_TH.is_cuda else min(count, _CPU_ROWS)
-    shape = (rows, min(CHUNK, head.valid))
-    return torch.empty(shape, dtype=head.sum_dtype, device=hidden_TH.device)
-
-
-def _scaled(logits_Bc: Tensor, scale: float, work: Tensor) -> Tensor:
-    """The block's logits over the temperature, in the workspace."""
-    x_Bc = _shaped(work, logits_Bc.shape[0], logits_Bc.shape[1])
-    x_Bc.copy_(logits_Bc)
-    return x_Bc if scale == 1.0 else x_Bc.mul_(scale)
-
-
-def _shaped(buffer: Tensor, rows: int, columns: int) -> Tensor:
-    """The first ``rows x columns`` numbers of a buffer, contiguous."""
-    return buffer.view(-1)[: rows * columns].view(rows, columns)
-
-
-def _targets_in(targets_T: Tensor, head: _Head, start: int, end: int) -> tuple[Tensor, Tensor]:
-    """Which tokens have their target in a chunk, and its column there."""
-    local_T = targets_T - head.first
-    rows = ((local_T >= start) & (local_T < end)).nonzero().squeeze(1)
-    return rows, local_T[rows] - start
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left right; a CPU rounds the product of bf16 inputs before it is added."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    elif left.is_cuda:
+        total.add_(_product(left, right, total.dtype))
+    else:
+        total.add_(torch.mm(left, right))
 
 
 class _LinearLogProbs(torch.autograd.Function):
@@ -171,22 +140,17 @@ class _LinearLogProbs(torch.autograd.Function):
         ctx: Any, hidden_TH: Tensor, weight_vH: Tensor, targets_T: Tensor, head: _Head
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        count, device = hidden_TH.shape[0], hidden_TH.device
-        sums = _Sums.empty(count, head.sum_dtype, device)
-        work, kept = _workspace(head, hidden_TH), []
+        sums = Sums.empty(hidden_TH.shape[0], head.sum_dtype, hidden_TH.device)
         keep = head.mode == "keep_logits"
-        buffer = None if keep else _chunk_buffer(head, count, device)
-        for start, end in head.chunks():
-            room = _chunk_buffer(head, count, device) if keep else buffer
-            logits_Tc = head.product(hidden_TH, start, end, _shaped(room, count, end - start))
+        chunks, logits, kept = head.chunks(hidden_TH), _Logits(head, hidden_TH, keep), []
+        for start, end in head.bounds():
+            logits_Tc = logits.of_chunk(start, end)
             kept += [logits_Tc] if keep else []
-            sums.add(logits_Tc, head.scale, work)
-            rows, columns = _targets_in(targets_T, head, start, end)
-            sums.target_T[rows] = logits_Tc[rows, columns].to(head.sum_dtype) * head.scale
+            chunks.add(sums, logits_Tc, head.columns(targets_T, start), head.scale)
+            del logits_Tc  # a GPU's allocator then has its memory for the next chunk
         sums.combine(head.group)
-        lse_T = sums.peak_T + torch.log(sums.total_T)
+        lse_T, entropy_T = sums.lse_T, sums.entropy_T
         logprobs_T = sums.target_T - lse_T
-        entropy_T = torch.log(sums.total_T) - sums.moment_T / sums.total_T
         ctx.save_for_backward(hidden_TH, weight_vH, targets_T, lse_T, logprobs_T, entropy_T)
         ctx.head, ctx.kept = head, kept
         return logprobs_T, entropy_T
@@ -196,87 +160,68 @@ class _LinearLogProbs(torch.autograd.Function):
         if all(grad is None for grad in grads):
             return None, None, None, None
         hidden_TH, weight_vH, targets_T, *saved = ctx.saved_tensors
-        slope = _Slope(ctx.head, targets_T, *saved, *grads)
-        head, count = ctx.head, hidden_TH.shape[0]
+        head, kept = ctx.head, ctx.kept
+        slope = Slope.of(*saved, *grads, head.scale)
+        weight_grad = _WeightGrad(head, weight_vH)
         grad_hidden_TH = torch.zeros_like(hidden_TH, dtype=head.sum_dtype)
-        grad_weight_vH = torch.empty_like(weight_vH)
-        grad_weight_vH[head.valid :] = 0.0
-        work = _workspace(head, hidden_TH)
-        buffer = None if ctx.kept else _chunk_buffer(head, count, hidden_TH.device)
-        for index, (start, end) in enumerate(head.chunks()):
-            if ctx.kept:
-                logits_Tc = ctx.kept[index]
-            else:
-                room = _shaped(buffer, count, end - start)
-                logits_Tc = head.product(hidden_TH, start, end, room)
-            grad_Tc = slope.of_chunk(logits_Tc, start, end, work, hidden_TH.dtype)
-            torch.mm(grad_Tc.t(), hidden_TH, out=grad_weight_vH[start:end])
-            _add_product(grad_hidden_TH, grad_Tc, weight_vH[start:end])
+        chunks, logits = head.chunks(hidden_TH), _Logits(head, hidden_TH, keep=bool(kept))
+        for index, (start, end) in enumerate(head.bounds()):
+            logits_Tc = kept[index] if kept else logits.of_chunk(start, end)
+            in_place = logits_Tc.dtype == hidden_TH.dtype
+            slope_Tc = logits_Tc if in_place else torch.empty_like(logits_Tc, dtype=hidden_TH.dtype)
+            columns_T = head.columns(targets_T, start)
+            chunks.write_slope(slope_Tc, logits_Tc, columns_T, slope, head.scale)
+            weight_grad.take(start, end, slope_Tc, hidden_TH)
+            _add_product(grad_hidden_TH, slope_Tc, weight_vH[start:end])
+            del logits_Tc, slope_Tc
         ctx.kept = []  # they hold slopes now; a second backward pass computes logits again
-        if dist.get_world_size(head.group) > 1:
+        if head.sums_hidden_grad and dist.get_world_size(head.group) > 1:
             dist.all_reduce(grad_hidden_TH, group=head.group)
-        return grad_hidden_TH.to(hidden_TH.dtype), grad_weight_vH, None, None
+        return grad_hidden_TH.to(hidden_TH.dtype), weight_grad.returned_vH, None, None
 
 
-@dataclass(frozen=True)
-class _Slope:
-    """dL/dlogits, chunk by chunk; the fields are those of the module's formula, [T]."""
+class _WeightGrad:
+    """Where the slices of the weight's gradient go, each written once.
 
-    head: _Head
-    targets_T: Tensor
-    lse_T: Tensor
-    logprobs_T: Tensor
-    entropy_T: Tensor
-    grad_T: Tensor | None
-    grad_entropy_T: Tensor | None
+    Attributes:
+        returned_vH: for autograd; None where megatron keeps the gradient.
+    """
 
-    def of_chunk(
-        self, logits_Tc: Tensor, start: int, end: int, work: Tensor, dtype: torch.dtype
-    ) -> Tensor:
-        """The chunk's slope in the dtype of the products, in place of its logits if it fits."""
-        in_place = logits_Tc.dtype == dtype
-        slope_Tc = logits_Tc if in_place else torch.empty_like(logits_Tc, dtype=dtype)
-        for rows in _row_blocks(logits_Tc):
-            x_Bc = _scaled(logits_Tc[rows], self.head.scale, work)
-            x_Bc.sub_(self.lse_T[rows, None])
-            slope_Tc[rows] = self._spread(x_Bc, rows)
-        rows, columns = _targets_in(self.targets_T, self.head, start, end)
-        slope_Tc[rows, columns] = self._at_target(rows).to(dtype)
-        return slope_Tc
+    def __init__(self, head: _Head, weight_vH: Tensor) -> None:
+        self.returned_vH = self._main_vH = None
+        if head.main_grad_of is not None:
+            self._main_vH = head.main_grad_of.main_grad  # type: ignore[attr-defined]
+            # What megatron's linear layers say where they add to main_grad themselves.
+            head.main_grad_of.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+        else:
+            self.returned_vH = torch.empty_like(weight_vH)
+            self.returned_vH[head.valid :] = 0.0
 
-    def _spread(self, log_p_Bc: Tensor, rows: slice) -> Tensor:
-        """-g p - g_H p (log p + H), over the temperature; overwrites ``log_p_Bc``."""
-        grad_T, grad_entropy_T = self.grad_T, self.grad_entropy_T
-        if grad_entropy_T is None:
-            assert grad_T is not None
-            return log_p_Bc.exp_().mul_(grad_T[rows, None] * -self.head.scale)
-        offset_T = grad_entropy_T[rows] * self.entropy_T[rows]
-        offset_T = offset_T if grad_T is None else offset_T + grad_T[rows]
-        p_Bc = torch.exp(log_p_Bc)
-        log_p_Bc.mul_(grad_entropy_T[rows, None]).add_(offset_T[:, None])
-        return log_p_Bc.mul_(p_Bc).mul_(-self.head.scale)
-
-    def _at_target(self, rows: Tensor) -> Tensor:
-        """The same at the target, where 1 - p is computed without cancellation."""
-        logprobs_T, slope_T = self.logprobs_T[rows], torch.zeros_like(self.logprobs_T[rows])
-        if self.grad_T is not None:
-            slope_T -= self.grad_T[rows] * torch.expm1(logprobs_T)
-        if self.grad_entropy_T is not None:
-            surprise_T = logprobs_T + self.entropy_T[rows]
-            slope_T -= self.grad_entropy_T[rows] * torch.exp(logprobs_T) * surprise_T
-        return slope_T * self.head.scale
+    def take(self, start: int, end: int, slope_Tc: Tensor, hidden_TH: Tensor) -> None:
+        """The slice of the rows from ``start`` to ``end``."""
+        if self._main_vH is not None:
+            _add_product(self._main_vH[start:end], slope_Tc.t(), hidden_TH)
+        else:
+            assert self.returned_vH is not None
+            torch.mm(slope_Tc.t(), hidden_TH, out=self.returned_vH[start:end])
 
 
-def _chunk_buffer(head: _Head, count: int, device: torch.device) -> Tensor:
-    return torch.empty(count * min(CHUNK, head.valid), dtype=head.logits_dtype, device=device)
+def _triton_chunks(count: int, width: int, dtype: torch.dtype, device: torch.device) -> Chunks:
+    from nemo_apo.parallel.logprob_chunks_triton import TritonChunks
+
+    return TritonChunks()
 
 
-def _add_product(total_TH: Tensor, grad_Tc: Tensor, rows_cH: Tensor) -> None:
-    """total += grad rows, accumulated in the total's dtype."""
-    if grad_Tc.dtype == total_TH.dtype:
-        total_TH.addmm_(grad_Tc, rows_cH)
-    else:
-        total_TH.add_(torch.mm(grad_Tc, rows_cH))
+BACKENDS: dict[str, Callable[[int, int, torch.dtype, torch.device], Chunks]] = {
+    "torch": TorchChunks,
+    "triton": _triton_chunks,
+}
+
+
+def usual_backend(device: torch.device) -> str:
+    """Triton on a GPU where it is installed, as it is with torch's CUDA builds; else torch."""
+    has_triton = importlib.util.find_spec("triton") is not None
+    return "triton" if device.type == "cuda" and has_triton else "torch"
 
 
 def linear_logprobs(
@@ -288,26 +233,35 @@ def linear_logprobs(
     group: dist.ProcessGroup,
     temperature: float = 1.0,
     mode: str = "exact",
+    backend: str | None = None,
+    into_main_grad: bool = False,
+    sums_hidden_grad: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Log-prob of each target and entropy of each next-token distribution, [T], nats.
 
     Both are differentiable with respect to hidden states and weight, at least float32.
 
     Args:
-        hidden_TH: hidden states, the same on all ranks of the group; float32, float64 or bf16. The
-            gradient that comes back is already summed over the group.
+        hidden_TH: hidden states, the same on all ranks of the group; float32, float64 or bf16.
         weight_vH: this rank's rows of the output layer, in the dtype of the hidden states.
         targets_T: token ids in [0, vocab_size), int64, the same on all ranks of the group.
         vocab_size: the unpadded vocabulary.
         group: the tensor-parallel group, in whose rank order the vocabulary is split evenly.
         temperature: divides the logits.
         mode: see ``MODES``; without effect where the hidden states are float32 or float64.
+        backend: a name of ``BACKENDS``; None takes ``usual_backend``.
+        into_main_grad: add the weight's gradient to ``weight_vH.main_grad``, where megatron's DDP
+            gathers it (float32), in place of returning it to autograd.
+        sums_hidden_grad: sum the gradient of the hidden states over the group. With sequence
+            parallelism the gathering of the hidden states does that, in its backward pass.
 
     Raises:
-        ValueError: for an unknown mode.
+        ValueError: for an unknown mode or backend.
     """
-    if mode not in MODES:
-        raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+    backend = backend or usual_backend(hidden_TH.device)
+    for name, value, choices in (("mode", mode, MODES), ("backend", backend, BACKENDS)):
+        if value not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
     width = weight_vH.shape[0]
     first = dist.get_rank(group) * width
     head = _Head(
@@ -317,5 +271,8 @@ def linear_logprobs(
         group=group,
         scale=1.0 / temperature,
         mode=mode,
+        backend=backend,
+        main_grad_of=weight_vH if into_main_grad else None,
+        sums_hidden_grad=sums_hidden_grad,
     )
     return _LinearLogProbs.apply(hidden_TH.contiguous(), weight_vH, targets_T, head)

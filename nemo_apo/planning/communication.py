@@ -93,16 +93,16 @@ def _tensor(question: Question, shapes: Shapes, layout: Layout) -> int:
     hidden = question.number_bytes * local_tokens(question, layout) * shapes.hidden
     layers = shapes.layers // layout.pipeline
     again = question.parallel.recompute == "full"
+    # The last stage has the log-probs: with sequence parallelism hidden states gathered and their
+    # gradient scattered, else their float32 gradient summed. Alone it has the embedding too.
     if layout.sequence_parallel:
-        per_layer, embedding, gathered = (14 if again else 10), 2, 1
+        per_layer, embedding, log_probs = (14 if again else 10), 2, 2 * hidden
     else:
-        per_layer, embedding, gathered = 2 * (6 if again else 4), 2, 0
-    # The last stage has the log-probs: hidden states gathered, their float32 gradient summed. Alone
-    # it has the embedding too.
-    ends = (embedding if layout.pipeline == 1 else 0) + gathered
-    gradient = 2 * FLOAT * hidden // question.number_bytes
+        per_layer, embedding = 2 * (6 if again else 4), 2
+        log_probs = 2 * FLOAT * hidden // question.number_bytes
+    ends = embedding if layout.pipeline == 1 else 0
     return layout.micro_batches * _ring(
-        (per_layer * layers + ends) * hidden + gradient, layout.tensor
+        (per_layer * layers + ends) * hidden + log_probs, layout.tensor
     )
 
 

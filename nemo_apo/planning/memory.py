@@ -127,17 +127,16 @@ def _working(question: Question, shapes: Shapes, layout: Layout) -> int:
 
 
 def log_prob_workspace(question: Question, shapes: Shapes, layout: Layout) -> int:
-    """Peak of ``linear_logprobs`` (mode "exact", with entropy), read off its buffers.
+    """Peak of ``linear_logprobs`` (mode "exact", Triton), read off its tensors.
 
-    For T tokens, gathered over the tensor ranks, and chunks of c rows: a chunk of logits, room for
-    the same, exp of it (all float32) and its slope; the float32 gradient of the hidden states, one
-    chunk's product beside it and the hidden states themselves; the gradient of the output layer.
+    For T tokens, gathered over the tensor ranks, and chunks of c rows: a chunk of float32 logits
+    and its slope; the float32 gradient of the hidden states, one chunk's product beside it and the
+    hidden states themselves; one chunk's float32 product on its way to the gradient buffer.
     """
     number, tokens = question.number_bytes, local_tokens(question, layout)
-    rows = shapes.vocabulary // layout.tensor
-    chunk = min(LOG_PROB_CHUNK, rows)
-    per_token = chunk * (3 * FLOAT + number) + shapes.hidden * (FLOAT + 2 * number)
-    return tokens * per_token + number * rows * shapes.hidden
+    chunk = min(LOG_PROB_CHUNK, shapes.vocabulary // layout.tensor)
+    per_token = chunk * (FLOAT + number) + shapes.hidden * (2 * FLOAT + number)
+    return tokens * per_token + FLOAT * chunk * shapes.hidden
 
 
 @dataclass(frozen=True)

@@ -43,10 +43,8 @@ class HiddenStateGPT(GPTModel):
         if not self.post_process or kwargs.get("inference_context") is not None:
             return super()._postprocess(hidden_states, *args, **kwargs)
         if self.config.sequence_parallel:
-            # The log-probs return a gradient that is summed over the ranks already.
-            hidden_states = gather_from_sequence_parallel_region(
-                hidden_states, tensor_parallel_output_grad=False
-            )
+            # Its backward pass sums the ranks' gradients while it scatters them.
+            hidden_states = gather_from_sequence_parallel_region(hidden_states)
         return hidden_states.transpose(0, 1)
 
 

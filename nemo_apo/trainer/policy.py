@@ -135,13 +135,16 @@ class Policy:
         """
         rows_n = batch.mask_BT.reshape(-1).nonzero().squeeze(1)
         hidden_nH = hidden_BTH.reshape(-1, hidden_BTH.shape[-1])[rows_n]
+        last = self.chunks[-1].module
         values_n = linear_logprobs(
             hidden_nH,
-            self.chunks[-1].module.output_weight,
+            last.output_weight,
             batch.targets_BT.reshape(-1)[rows_n],
             vocab_size=self.vocab_size,
             group=self.layout.tensor_group,
             temperature=self.temperature,
+            into_main_grad=True,
+            sums_hidden_grad=not last.config.sequence_parallel,
         )
         logprobs_BT, entropy_BT = (
             value_n.new_zeros(batch.mask_BT.numel())

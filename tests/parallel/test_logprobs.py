@@ -1,6 +1,7 @@
 """Log-probs from hidden states against the definition in float64, on 1, 2 and 4 ranks."""
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -8,12 +9,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nemo_apo.parallel import logprob_chunks
 from nemo_apo.parallel import logprobs as kernel
-from nemo_apo.parallel.logprobs import MODES, linear_logprobs
+from nemo_apo.parallel.logprobs import MODES, linear_logprobs, usual_backend
 
 from .ranks import run_ranks
 
 TOKENS, HIDDEN, VOCAB = 90, 8, 37
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+BACKENDS = ["torch", pytest.param("triton", marks=needs_triton)]
+# Triton's interpreter takes seconds, and its kernels do not know the mode.
+WAYS = [*((mode, "torch") for mode in MODES), pytest.param("exact", "triton", marks=needs_triton)]
 
 
 @dataclass
@@ -67,6 +73,10 @@ def computed(case: Example, entropy_slope: float | None = 1.0, **options: Any) -
     hidden = case.hidden.clone().requires_grad_()
     weight = case.weight[dist.get_rank() * width :][:width].clone().requires_grad_()
     options = {"vocab_size": VOCAB, "group": dist.group.WORLD, **options}
+    if options.get("backend") == "triton":
+        from nemo_apo.parallel import logprob_chunks_triton
+
+        logprob_chunks_triton._BLOCK = 8
     logprobs, entropy = linear_logprobs(hidden, weight, case.targets, **options)
     loss = (case.slopes[0] * logprobs).sum()
     if entropy_slope is not None:
@@ -88,15 +98,15 @@ def assert_equal(found: Numbers, wanted: Numbers, tolerance: float = 1e-12) -> N
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several chunks of the vocabulary, the last one short, and several blocks of tokens."""
     monkeypatch.setattr(kernel, "CHUNK", 10)
-    monkeypatch.setattr(kernel, "_CPU_ROWS", 32)
+    monkeypatch.setattr(logprob_chunks, "_CPU_ROWS", 32)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("mode", "backend"), WAYS)
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_one_rank_follows_the_definition(mode: str, temperature: float) -> None:
+def test_one_rank_follows_the_definition(mode: str, temperature: float, backend: str) -> None:
     def work() -> None:
         for case in (example(), example(scale=400.0)):
-            found = computed(case, temperature=temperature, mode=mode)
+            found = computed(case, temperature=temperature, mode=mode, backend=backend)
             assert_equal(found, expected(case, temperature))
 
     run_ranks(1, work)
@@ -139,11 +149,13 @@ def test_without_a_slope_into_the_entropy_its_part_is_left_out() -> None:
         pytest.param(4, 60, id="four ranks, padding within the third, the last padding only"),
     ],
 )
-@pytest.mark.parametrize("mode", MODES)
-def test_shards_give_what_one_rank_gives(world_size: int, width: int, mode: str) -> None:
+@pytest.mark.parametrize(("mode", "backend"), WAYS)
+def test_shards_give_what_one_rank_gives(
+    world_size: int, width: int, mode: str, backend: str
+) -> None:
     case = example(width)
     wanted = expected(case)
-    ranks = run_ranks(world_size, lambda: computed(case, mode=mode))
+    ranks = run_ranks(world_size, lambda: computed(case, mode=mode, backend=backend))
     whole = torch.cat([numbers.grad_weight for numbers in ranks])
     for numbers in ranks:
         found = Numbers(numbers.logprobs, numbers.entropy, numbers.grad_hidden, whole)
@@ -171,21 +183,23 @@ def test_three_collectives_over_the_tensor_ranks() -> None:
         assert sizes == [TOKENS, 3 * TOKENS, TOKENS * HIDDEN]
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_float32_is_computed_in_float32(mode: str) -> None:
+@pytest.mark.parametrize(("mode", "backend"), WAYS)
+def test_float32_is_computed_in_float32(mode: str, backend: str) -> None:
     def work() -> None:
         case = example().to(torch.float32)
-        assert_equal(computed(case, mode=mode), expected(case), tolerance=1e-6)
+        found = computed(case, mode=mode, backend=backend)
+        assert_equal(found, expected(case), tolerance=1e-6)
 
     run_ranks(1, work)
 
 
-def test_bf16_inputs_with_exact_logits() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bf16_inputs_with_exact_logits(backend: str) -> None:
     """Only the slopes of the products are rounded to bf16, not the log-probs."""
 
     def work() -> None:
         case = example().to(torch.bfloat16)
-        found, wanted = computed(case, mode="exact"), expected(case)
+        found, wanted = computed(case, mode="exact", backend=backend), expected(case)
         assert found.logprobs.dtype == found.entropy.dtype == torch.float32
         assert found.grad_hidden.dtype == found.grad_weight.dtype == torch.bfloat16
         for name in ("logprobs", "entropy"):
@@ -198,15 +212,22 @@ def test_bf16_inputs_with_exact_logits() -> None:
     run_ranks(1, work)
 
 
-@pytest.mark.parametrize("mode", ["bf16", "keep_logits"])
-def test_bf16_logits_are_what_their_rounding_says(mode: str) -> None:
+@pytest.mark.parametrize(
+    ("mode", "backend"),
+    [
+        ("bf16", "torch"),
+        ("keep_logits", "torch"),
+        pytest.param("bf16", "triton", marks=needs_triton),
+    ],
+)
+def test_bf16_logits_are_what_their_rounding_says(mode: str, backend: str) -> None:
     """Against the definition on the rounded logits, in float64."""
 
     def work() -> None:
         case = example().to(torch.bfloat16)
         logits = (case.hidden @ case.weight.t()).double()
         log_p = torch.log_softmax(logits, dim=-1)
-        found = computed(case, mode=mode)
+        found = computed(case, mode=mode, backend=backend)
         wanted = log_p.gather(-1, case.targets[:, None]).squeeze(-1)
         assert float((found.logprobs.double() - wanted).abs().max()) < 1e-5
         assert_equal(found, expected(case), tolerance=5e-2)
@@ -214,11 +235,12 @@ def test_bf16_logits_are_what_their_rounding_says(mode: str) -> None:
     run_ranks(1, work)
 
 
-def test_no_tokens_keep_the_graph_connected() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_tokens_keep_the_graph_connected(backend: str) -> None:
     def work() -> None:
         case = example()
         none = Example(case.hidden[:0], case.weight, case.targets[:0], case.slopes[:, :0])
-        found = computed(none)
+        found = computed(none, backend=backend)
         assert found.logprobs.shape == (0,)
         assert (found.grad_weight == 0.0).all()
 
@@ -235,9 +257,53 @@ def test_hidden_states_that_are_not_contiguous() -> None:
     run_ranks(1, work)
 
 
-def test_an_unknown_mode_is_refused() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_weights_gradient_is_added_to_main_grad(dtype: torch.dtype) -> None:
+    """Twice, as of two micro-batches: in float32, and autograd gets none."""
+
     def work() -> None:
-        with pytest.raises(ValueError, match="mode must be one of exact, bf16, keep_logits, got"):
-            computed(example(), mode="fast")
+        case = example(40).to(dtype)
+        weight = case.weight.clone().requires_grad_()
+        weight.main_grad = torch.full_like(weight, 0.5, dtype=torch.float32)
+        hidden = case.hidden.clone().requires_grad_()
+        for _ in range(2):
+            logprobs, _ = linear_logprobs(
+                hidden,
+                weight,
+                case.targets,
+                vocab_size=VOCAB,
+                group=dist.group.WORLD,
+                into_main_grad=True,
+            )
+            (case.slopes[0] * logprobs).sum().backward()
+        wanted = expected(case, entropy_slope=0.0).grad_weight
+        gap = (weight.main_grad.double() - 0.5 - 2 * wanted).abs().max() / wanted.abs().max()
+        assert float(gap) < (1e-6 if dtype == torch.float32 else 2e-2)
+        assert (weight.main_grad[VOCAB:] == 0.5).all()
+        assert weight.grad is None
+        assert weight.grad_added_to_main_grad
+
+    run_ranks(1, work)
+
+
+def test_the_gradient_of_the_hidden_states_can_be_left_to_be_summed() -> None:
+    case = example(38)
+    ranks = run_ranks(2, lambda: computed(case, sums_hidden_grad=False))
+    total = sum(numbers.grad_hidden for numbers in ranks)
+    torch.testing.assert_close(total, expected(case).grad_hidden, rtol=0.0, atol=1e-12)
+    assert not torch.allclose(ranks[0].grad_hidden, total)
+
+
+def test_a_cpu_takes_the_torch_backend() -> None:
+    assert usual_backend(torch.device("cpu")) == "torch"
+
+
+@pytest.mark.parametrize(
+    ("option", "choices"), [("mode", "exact, bf16, keep_logits"), ("backend", "torch, triton")]
+)
+def test_an_unknown_choice_is_refused(option: str, choices: str) -> None:
+    def work() -> None:
+        with pytest.raises(ValueError, match=f"{option} must be one of {choices}, got 'fast'"):
+            computed(example(), **{option: "fast"})
 
     run_ranks(1, work)

@@ -20,9 +20,9 @@ def sent(asked, **sizes: int) -> dict[str, int]:
 def test_by_hand() -> None:
     """The layout of ``test_memory``: hidden states of 2 x 8 x 8 = 128 bytes, rings of two ranks."""
     assert sent(question(), tensor=2, pipeline=2) == {
-        # 2 micro-batches; 10 gathers or scatters in each of 2 layers and one before the log-probs,
-        # and an all-reduce of float32 gradients; half of it sent.
-        "tensor": 2 * ((10 * 2 + 1) * 128 + 2 * 256) // 2,
+        # 2 micro-batches; 10 gathers or scatters in each of 2 layers and two around the log-probs;
+        # half of it sent.
+        "tensor": 2 * (10 * 2 + 2) * 128 // 2,
         "context": 0,
         "data": (4 + 2) * 752 // 2,
         "group scalars": 8 * 8 * 4 // 2,
@@ -43,11 +43,12 @@ def test_one_gpu_sends_nothing() -> None:
     assert set(sent(alone).values()) == {0}
 
 
-def test_sequence_parallelism_sends_its_second_gather_more() -> None:
+def test_sequence_parallelism_gathers_again_and_scatters_what_else_is_all_reduced() -> None:
     split = sent(question(), tensor=2)["tensor"]
     whole = sent(question(sequence_parallel=False), tensor=2)["tensor"]
-    # Twice in each of 4 layers, once before the log-probs; one micro-batch, half of it sent.
-    assert split - whole == (4 * 2 + 1) * 128 // 2
+    # One micro-batch, half of it sent. Twice more in each of 4 layers; around the log-probs two
+    # operations of 128 bytes in place of an all-reduce of float32 gradients, twice 256 bytes.
+    assert split - whole == (4 * 2 * 128 + 2 * 128 - 2 * 256) // 2
 
 
 def test_without_the_distributed_optimizer_gradients_are_all_reduced() -> None:

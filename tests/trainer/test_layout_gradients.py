@@ -1,7 +1,8 @@
-"""Gradients, tensor by tensor, and weights after plain SGD steps are those of one rank.
+"""Gradients, tensor by tensor, and weights after SGD and AdamW steps are those of one rank.
 
-``test_layouts`` compares whole RL steps with Adam, which hides the size of a gradient; here the
-gradient itself is compared, of the same rollouts, over two optimizer steps with SGD between.
+``test_layouts`` compares rollouts and figures of whole RL steps with Adam, which hides the size of
+a gradient; here the gradient itself is compared, of the same rollouts, over two optimizer steps
+with SGD between, and how far three steps of AdamW lead.
 """
 
 from dataclasses import dataclass, replace
@@ -24,6 +25,9 @@ TOLERANCE = 5e-6
 # The second step's coefficients divide the rounding of sequence log-probs by tau.
 SECOND_TOLERANCE = 1e-5
 LEARNING_RATE = 0.02
+# Of the way that a tensor has gone after three steps of AdamW, which divides a gradient by its own
+# size: where that is little more than rounding, so is its direction. 3e-5 was seen.
+ADAMW_TOLERANCE = 1e-4
 FOUR_RANKS = pytest.mark.slow(reason="four ranks on the two cores of a small machine")
 
 
@@ -96,7 +100,7 @@ VPP2 = ParallelConfig(1, 2, virtual_pipeline_model_parallel_size=2)
 FOUR_LAYERS = replace(BASE, model=replace(TINY_MODEL, num_layers=4))
 
 
-@pytest.mark.parametrize(
+LAYOUTS = pytest.mark.parametrize(
     ("config", "layout", "world_size"),
     [
         pytest.param(BASE, TP2, 2, id="TP2"),
@@ -126,11 +130,50 @@ FOUR_LAYERS = replace(BASE, model=replace(TINY_MODEL, num_layers=4))
         pytest.param(CUT_GROUPS, TP2, 4, id="TP2xDP2, groups cut", marks=FOUR_RANKS),
     ],
 )
+
+
+@LAYOUTS
 def test_gradients_and_weights_do_not_depend_on_the_layout(
     config: Config, layout: ParallelConfig, world_size: int
 ) -> None:
     for got in run_ranks(world_size, sgd_steps, replace(config, parallel=layout)):
         assert_same(got, on_one_rank(config))
+
+
+@dataclass
+class Way:
+    """The whole model's weights by name: at the start and after the steps."""
+
+    start: dict[str, Tensor]
+    end: dict[str, Tensor]
+
+
+def adamw_steps(config: Config) -> Way:
+    """One RL step of three optimizer steps on the whole rollout."""
+    update = replace(config.update, mini_batches=1, epochs=3)
+    training = begin(replace(config, update=update))
+    start = training.weights()
+    (outcome,) = training.run(1)
+    assert outcome.optimizer_steps == 3
+    return Way(start, training.weights())
+
+
+@cache
+def way_on_one_rank(config: Config) -> Way:
+    (single,) = run_ranks(1, adamw_steps, config)
+    return single
+
+
+@LAYOUTS
+def test_adamw_leads_to_the_same_weights(
+    config: Config, layout: ParallelConfig, world_size: int
+) -> None:
+    wanted = way_on_one_rank(config)
+    for got in run_ranks(world_size, adamw_steps, replace(config, parallel=layout)):
+        for name, end in wanted.end.items():
+            gone = float((end - wanted.start[name]).norm())
+            assert gone > 0.0
+            assert float((got.end[name] - end).norm()) <= ADAMW_TOLERANCE * gone, name
 
 
 def test_pipeline_stages_give_the_same_bits() -> None:
