@@ -186,6 +186,8 @@ class UpdateConfig:
             speed, never the gradient.
         log_prob_micro_batch_size: sequences per forward without gradient.
         max_skipped_steps: optimizer steps skipped in a row (not finite) after which the run ends.
+        max_sampler_mismatch: mean gap of the sampler's and the trainer's log-probs, nats per token,
+            above which the run ends before it trains on the rollout; None is no limit.
         monitor_reference_kl: measure the KL to the policy at the start of RL every step.
     """
 
@@ -194,6 +196,7 @@ class UpdateConfig:
     micro_batch_size: int = 64
     log_prob_micro_batch_size: int = 256
     max_skipped_steps: int = 10
+    max_sampler_mismatch: float | None = None
     monitor_reference_kl: bool = True
 
 
@@ -478,6 +481,8 @@ def _check_update(update: UpdateConfig, rollout: RolloutConfig) -> None:
         "log_prob_micro_batch_size",
         "max_skipped_steps",
     )
+    if update.max_sampler_mismatch is not None:
+        _positive("update", update, "max_sampler_mismatch")
     require(
         rollout.prompts % update.mini_batches == 0,
         "update.mini_batches",

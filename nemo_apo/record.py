@@ -42,11 +42,17 @@ KL_REFERENCE = "policy/kl_reference"
 MAX_LOG_RATIO = "policy/max_log_ratio"
 CLIPPED_SHARE = "policy/clipped_share"
 SAMPLER_MISMATCH = "policy/sampler_mismatch"
+SAMPLER_MISMATCH_MAX = "policy/sampler_mismatch_max"
+SAMPLER_WEIGHT_SPREAD = "policy/sampler_weight_spread"
 
 OBJECTIVE_VALUE = "update/objective"
 GRAD_NORM = "update/grad_norm"
 LEARNING_RATE = "update/learning_rate"
 SKIPPED_STEPS = "update/skipped_steps"
+SKIPPED_LOGPROBS = "update/skipped_logprobs"
+SKIPPED_COEFFICIENTS = "update/skipped_coefficients"
+SKIPPED_LOSS = "update/skipped_loss"
+SKIPPED_GRADIENT = "update/skipped_gradient"
 COEFFICIENT_TOP_SHARE = "update/coefficient_top_share"
 REFRESH_BIAS = "update/refresh_bias"
 TAU_MEAN = "update/tau_mean"
@@ -96,10 +102,16 @@ METRICS: dict[str, MetricInfo] = {
     MAX_LOG_RATIO: MetricInfo("largest |log q - log p|", "nats"),
     CLIPPED_SHARE: MetricInfo("clipped share"),
     SAMPLER_MISMATCH: MetricInfo("sampler/trainer log-prob gap (mean)", "nats/token"),
+    SAMPLER_MISMATCH_MAX: MetricInfo("sampler/trainer log-prob gap (largest)", "nats/sequence"),
+    SAMPLER_WEIGHT_SPREAD: MetricInfo("spread of trainer/sampler importance weights"),
     OBJECTIVE_VALUE: MetricInfo("objective"),
     GRAD_NORM: MetricInfo("gradient norm"),
     LEARNING_RATE: MetricInfo("learning rate"),
     SKIPPED_STEPS: MetricInfo("skipped optimizer steps", "steps"),
+    SKIPPED_LOGPROBS: MetricInfo("skipped: log-probs not finite", "steps"),
+    SKIPPED_COEFFICIENTS: MetricInfo("skipped: coefficients not finite", "steps"),
+    SKIPPED_LOSS: MetricInfo("skipped: loss not finite", "steps"),
+    SKIPPED_GRADIENT: MetricInfo("skipped: gradient not finite", "steps"),
     COEFFICIENT_TOP_SHARE: MetricInfo("share of sum |c| in the top 10% of sequences"),
     REFRESH_BIAS: MetricInfo("relative error of stale coefficients"),
     TAU_MEAN: MetricInfo("mean tau"),

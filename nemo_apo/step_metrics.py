@@ -1,9 +1,10 @@
 """The metrics of one RL step, under the names of ``nemo_apo.record``, for every host."""
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,8 +23,8 @@ T = TypeVar("T")
 class Stopwatch:
     """Seconds spent under each metric name."""
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
+    def __init__(self, seconds: dict[str, float] | None = None) -> None:
+        self.seconds: dict[str, float] = seconds or {}
 
     def time(self, name: str, work: Callable[[], T]) -> T:
         """Do the work and add its time to ``name``."""
@@ -41,14 +42,23 @@ class UpdateFigures:
         loss: the loss summed over micro-batches and ranks.
         clipped_tokens, tokens: completion tokens that a clip took out of the gradient, and all.
         grad_norm: before clipping.
-        skipped: whether the step was skipped because something was not finite.
+        not_finite: what was not finite, a key of ``SKIPPED_BECAUSE``, so that the step was skipped.
     """
 
     loss: float
     clipped_tokens: float
     tokens: float
     grad_norm: float
-    skipped: bool
+    not_finite: str | None = None
+
+
+# Why an optimizer step is skipped: what was not finite, and the metric that counts it.
+SKIPPED_BECAUSE: dict[str, str] = {
+    "log-probs": record.SKIPPED_LOGPROBS,
+    "coefficients": record.SKIPPED_COEFFICIENTS,
+    "loss": record.SKIPPED_LOSS,
+    "gradient": record.SKIPPED_GRADIENT,
+}
 
 
 @dataclass
@@ -57,12 +67,13 @@ class Tally:
 
     Attributes:
         in_a_row: optimizer steps skipped in a row so far, earlier rollouts included.
-        taken, skipped: optimizer steps of this rollout.
+        taken: optimizer steps of this rollout.
+        skipped_because: those skipped, by what was not finite.
     """
 
     in_a_row: int
     taken: int = 0
-    skipped: int = 0
+    skipped_because: Counter[str] = field(default_factory=Counter)
     values: list[float] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)
     drifts_N: list[Tensor] = field(default_factory=list)
@@ -72,9 +83,34 @@ class Tally:
     clipped: float = 0.0
     counted: float = 0.0
 
+    def state_dict(self) -> dict[str, Any]:
+        """The figures as plain numbers, ready for JSON."""
+        return {**vars(self), "drifts_N": [drift_N.tolist() for drift_N in self.drifts_N]}
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any]) -> "Tally":
+        """The inverse of ``state_dict``."""
+        drifts_N = [torch.tensor(drift, dtype=torch.float64) for drift in state["drifts_N"]]
+        skipped = Counter(state["skipped_because"])
+        return cls(**{**state, "drifts_N": drifts_N, "skipped_because": skipped})
+
+    @property
+    def skipped(self) -> int:
+        return self.skipped_because.total()
+
     @property
     def steps(self) -> int:
         return self.taken + self.skipped
+
+    def skip_metrics(self) -> dict[str, float]:
+        """How many optimizer steps were skipped, and why."""
+        reasons = {SKIPPED_BECAUSE[name]: n for name, n in self.skipped_because.items()}
+        return {record.SKIPPED_STEPS: self.skipped, **reasons}
+
+    def skip(self, not_finite: str) -> None:
+        """Take in an optimizer step that was skipped."""
+        self.in_a_row += 1
+        self.skipped_because[not_finite] += 1
 
     def weigh(
         self, objective: Objective, part: GroupBatch, alpha: float, anchor_is_old: bool
@@ -89,9 +125,10 @@ class Tally:
 
     def note(self, objective: Objective, weighing: Weighing, update: UpdateFigures) -> None:
         """Take in one optimizer step."""
-        self.in_a_row = self.in_a_row + 1 if update.skipped else 0
-        self.skipped += int(update.skipped)
-        self.taken += int(not update.skipped)
+        if update.not_finite is None:
+            self.in_a_row, self.taken = 0, self.taken + 1
+        else:
+            self.skip(update.not_finite)
         self.grad_norms.append(update.grad_norm)
         self.values.append(update.loss if weighing.value is None else float(weighing.value))
         if objective.weighs_current_policy:
@@ -110,9 +147,9 @@ class Tally:
         metrics: dict[str, float] = {
             record.OBJECTIVE_VALUE: _mean(self.values),
             record.GRAD_NORM: _mean(self.grad_norms),
-            record.SKIPPED_STEPS: self.skipped,
             record.CLIPPED_SHARE: self.clipped / max(1.0, self.counted),
         }
+        metrics |= self.skip_metrics()
         if objective.uses_anchor:
             drift = torch.cat(self.drifts_N).std(correction=0) if self.drifts_N else 0.0
             metrics[record.ANCHOR_DRIFT] = float(drift)
@@ -123,6 +160,23 @@ class Tally:
         if self.refresh_bias is not None:
             metrics[record.REFRESH_BIAS] = self.refresh_bias
         return metrics
+
+
+def sampler_metrics(figures: SequenceFigures) -> dict[str, float]:
+    """How far the sampler's own log-probs are from the trainer's, where it told them.
+
+    The mean is per token, the largest gap that of a sequence; the importance weights are those of
+    whole sequences, and their spread is the standard deviation over the mean.
+    """
+    if figures.sampler_logprob_sums_N is None:
+        return {}
+    gap_N = figures.old_logprob_sums_N - figures.sampler_logprob_sums_N
+    weight_N = torch.exp(gap_N - gap_N.max())
+    return {
+        record.SAMPLER_MISMATCH: float(gap_N.abs().sum() / figures.lengths_N.sum()),
+        record.SAMPLER_MISMATCH_MAX: float(gap_N.abs().max()),
+        record.SAMPLER_WEIGHT_SPREAD: float(weight_N.std(correction=0) / weight_N.mean()),
+    }
 
 
 def coefficient_error(stale: Weighing, exact: Weighing) -> float:
@@ -141,9 +195,7 @@ def rollout_metrics(
         record.TOKEN_ENTROPY: figures.token_entropy,
         record.NO_SIGNAL_SHARE: float(groups.all_equal(figures.rewards_N).double().mean()),
     }
-    if figures.sampler_logprob_sums_N is not None:
-        gap_N = (figures.sampler_logprob_sums_N - figures.old_logprob_sums_N).abs()
-        metrics[record.SAMPLER_MISMATCH] = float(gap_N.sum() / figures.lengths_N.sum())
+    metrics |= sampler_metrics(figures)
     if isinstance(objective, Apo):
         log_q_N, log_p_N = objective.log_target_and_policy(batch)
         metrics[record.ESS_SHARE] = float(effective_sample_share(log_q_N, log_p_N, groups, alpha))

@@ -47,7 +47,7 @@ from nemo_apo.core.objectives import Weighing
 from nemo_apo.core.objectives.anchored import needs_refresh, uses_stale_logprobs
 from nemo_apo.core.settling import RolloutLimits
 from nemo_apo.core.step_order import whole_group_order
-from nemo_apo.parallel.gather import all_gather_rows, all_true
+from nemo_apo.parallel.gather import all_gather_rows, all_true, first_not_finite
 from nemo_apo.step_metrics import (
     Stopwatch,
     Tally,
@@ -240,13 +240,13 @@ class ApoGRPOTrainer(GRPOTrainer):
         loss, metrics = self.model.get_loss_and_metrics(batch=batch, forward_only=False)
         self.model.finish_training_step()
         grad_norm = float(clip_gradients(self.model, self.cfg.gradient_clip_val))
-        finite = math.isfinite(loss) and math.isfinite(grad_norm)
-        skipped = not all_true(finite, batch[columns.ROW].device)
+        figures = {"loss": loss, "gradient": grad_norm}
+        not_finite = first_not_finite(figures, batch[columns.ROW].device)
         lr = self.optimizer.param_groups[0]["lr"]
         sums = self.model.apo_step_sums
         current_m = sums.logprob_sums_N.cpu()[trained_M]
         self._note_staleness(weighing, settled, rows_m, current_m, tally)
-        if skipped:
+        if not_finite is not None:
             self.optimizer.zero_grad()
             logging.warning(f"optimizer step skipped: loss {loss}, gradient norm {grad_norm}")
         else:
@@ -259,7 +259,7 @@ class ApoGRPOTrainer(GRPOTrainer):
             "lr": lr,
             "optim_step": self.grpo_optimization_step,
         }
-        self.grpo_optimization_step += int(not skipped)
+        self.grpo_optimization_step += int(not_finite is None)
         tally.note(
             self.apo.objective,
             weighing,
@@ -268,7 +268,7 @@ class ApoGRPOTrainer(GRPOTrainer):
                 clipped_tokens=sums.totals["clipped"],
                 tokens=sums.totals["tokens"],
                 grad_norm=grad_norm,
-                skipped=skipped,
+                not_finite=not_finite,
             ),
         )
         return loss, metrics
@@ -293,8 +293,7 @@ class ApoGRPOTrainer(GRPOTrainer):
 
     def _skip_broken(self, tally: Tally) -> tuple[float, dict[str, float]]:
         """An optimizer step with a sequence whose log-probs are not finite; no rank takes it."""
-        tally.skipped += 1
-        tally.in_a_row += 1
+        tally.skip("log-probs")
         logging.warning("optimizer step skipped: log-probs of the rollout are not finite")
         return float("nan"), {"optim_step": self.grpo_optimization_step}
 
@@ -308,7 +307,7 @@ class ApoGRPOTrainer(GRPOTrainer):
 
     def _finish_rl_step(self, settled: SettledRollout, tally: Tally, watch: Stopwatch) -> None:
         """Log the rollout's optimizer steps together, look for failure signatures, keep state."""
-        metrics = {record.SKIPPED_STEPS: tally.skipped} | watch.seconds
+        metrics = tally.skip_metrics() | watch.seconds
         if tally.values:
             metrics |= tally.metrics(self.apo.objective)
         state = self.model.apo_state

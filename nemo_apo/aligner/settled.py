@@ -14,11 +14,11 @@ from nemo_apo import record
 from nemo_apo.aligner.settings import ApoSettings
 from nemo_apo.core.alpha_schedule import ScheduleState
 from nemo_apo.core.filtering import SettledGroups
-from nemo_apo.core.groups import Groups
 from nemo_apo.core.objectives import Columns, GroupBatch
 from nemo_apo.core.settling import (
     RolloutLimits,
     SequenceFigures,
+    in_finite_groups,
     optimizer_step_part,
     schedule_alpha,
     settle,
@@ -87,7 +87,7 @@ def settle_rollout_steps(
         schedule: the schedule's state; a rollout that nothing can be learnt from leaves it alone.
         step, total_steps: RL steps done and in all.
     """
-    finite_N = _in_finite_groups(figures)
+    finite_N = in_finite_groups(figures)
     keep_N = groups.keep_N & finite_N
     settled = SettledRollout(
         batch=None,
@@ -128,12 +128,6 @@ def _weigh(
     settled.metrics |= rollout_metrics(apo.objective, settled.alpha, figures, batch)
     if apo.objective.uses_alpha:
         settled.metrics |= schedule_metrics(settled.schedule)
-
-
-def _in_finite_groups(figures: SequenceFigures) -> Tensor:
-    """Sequences of groups whose log-probs are all finite, bool [N]."""
-    groups = Groups.from_ids(figures.group_ids_N)
-    return groups.spread(groups.min(figures.finite_N.to(torch.int64))) > 0
 
 
 def _reward_metrics(groups: SettledGroups, figures: SequenceFigures) -> dict[str, float]:

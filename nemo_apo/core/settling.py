@@ -65,6 +65,12 @@ class SequenceFigures:
         return SequenceFigures(**selected)
 
 
+def in_finite_groups(figures: SequenceFigures) -> Tensor:
+    """Sequences of groups whose log-probs are all finite, bool [N]."""
+    groups = Groups.from_ids(figures.group_ids_N)
+    return groups.spread(groups.min(figures.finite_N.to(torch.int64))) > 0
+
+
 @dataclass(frozen=True)
 class RolloutLimits:
     """What the host's task fixes for every rollout.

@@ -5,6 +5,8 @@ takes the same decision. Tensors are made contiguous first: gloo silently comput
 from a tensor that is not.
 """
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -41,6 +43,23 @@ def all_true(flag: bool, device: torch.device) -> bool:
     vote = torch.tensor([int(flag)], device=device)
     dist.all_reduce(vote, op=dist.ReduceOp.MIN)
     return bool(vote.item())
+
+
+def highest(value: int, device: torch.device) -> int:
+    """The highest value of any rank."""
+    if dist.get_world_size() == 1:
+        return value
+    best = torch.tensor([value], device=device)
+    dist.all_reduce(best, op=dist.ReduceOp.MAX)
+    return int(best.item())
+
+
+def first_not_finite(values: Mapping[str, float], device: torch.device) -> str | None:
+    """Name of the first value that is not finite on some rank; None if all are on every rank."""
+    flags = torch.tensor([int(math.isfinite(value)) for value in values.values()], device=device)
+    if dist.get_world_size() > 1:
+        dist.all_reduce(flags, op=dist.ReduceOp.MIN)
+    return next((name for name, flag in zip(values, flags.tolist(), strict=True) if not flag), None)
 
 
 def broadcast_from_last(values: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -16,7 +16,12 @@ from megatron.core.resharding.refit import swap_model_weights
 from torch import Tensor
 
 from nemo_apo.config import ModelConfig, OptimizerConfig, ParallelConfig, padded_vocab_size
-from nemo_apo.parallel.gather import all_gather_rows, all_true, broadcast_from_last, sum_over
+from nemo_apo.parallel.gather import (
+    all_gather_rows,
+    broadcast_from_last,
+    first_not_finite,
+    sum_over,
+)
 from nemo_apo.parallel.layout import Layout, single_rank_groups
 from nemo_apo.parallel.logprobs import linear_logprobs
 from nemo_apo.parallel.step import (
@@ -36,10 +41,16 @@ from nemo_apo.trainer.sharing import Share, share_of
 
 @dataclass(frozen=True)
 class Update:
-    """What an optimizer step did: gradient norm before clipping, and whether it was skipped."""
+    """What an optimizer step did.
+
+    Attributes:
+        grad_norm: before clipping.
+        not_finite: what was not finite on some rank, so that no rank took the step: "loss" or
+            "gradient"; None where the step was taken.
+    """
 
     grad_norm: float
-    skipped: bool
+    not_finite: str | None = None
 
 
 class Policy:
@@ -194,13 +205,14 @@ class Policy:
         """One optimizer step, or none on any rank if the loss or the gradient is not finite."""
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
-        finite = _is_finite(grad_norm) and _is_finite(loss_sum)
-        if not all_true(finite, self.layout.device):
-            return Update(grad_norm, skipped=True)
+        figures = {"loss": loss_sum, "gradient": grad_norm}
+        not_finite = first_not_finite(figures, self.layout.device)
+        if not_finite is not None:
+            return Update(grad_norm, not_finite)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
-        return Update(grad_norm, skipped=False)
+        return Update(grad_norm)
 
     def _share(self, batch: MicroBatch, micro_batch_size: int) -> Share:
         return share_of(batch, micro_batch_size, self.layout, self._width_multiple)
@@ -249,7 +261,3 @@ def _without_tied_copy(stage: torch.nn.Module) -> Iterator[None]:
         yield
     finally:
         stage.output_layer.weight = weight
-
-
-def _is_finite(value: float) -> bool:
-    return value - value == 0.0

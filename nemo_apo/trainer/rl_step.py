@@ -19,12 +19,14 @@ from nemo_apo import record
 from nemo_apo.config import Config
 from nemo_apo.core.alpha_schedule import ScheduleState
 from nemo_apo.core.anchoring import sequence_sums
+from nemo_apo.core.groups import Groups
 from nemo_apo.core.objectives import GroupBatch, TokenInputs, Weighing
 from nemo_apo.core.objectives.anchored import needs_refresh, uses_stale_logprobs
 from nemo_apo.core.objectives.regularizers import k3
 from nemo_apo.core.settling import (
     RolloutLimits,
     SequenceFigures,
+    in_finite_groups,
     optimizer_step_part,
     schedule_alpha,
     settle,
@@ -35,13 +37,16 @@ from nemo_apo.step_metrics import (
     UpdateFigures,
     coefficient_error,
     rollout_metrics,
+    sampler_metrics,
     schedule_metrics,
 )
 from nemo_apo.tasks import Task
 from nemo_apo.trainer.anchors import RememberedWeights
+from nemo_apo.trainer.interruption import NeverStop, StopCheck, check_stop
 from nemo_apo.trainer.micro_batch import MicroBatch
+from nemo_apo.trainer.pending import PendingRollout, StoredRollout, optimizer_step_rows
 from nemo_apo.trainer.policy import Policy
-from nemo_apo.trainer.rollout_source import Drawn, RolloutSource
+from nemo_apo.trainer.rollout_source import RolloutSource
 from nemo_apo.trainer.rollouts import Rollouts, known
 
 # Share of the peak learning rate, by the share of the run that is done.
@@ -63,6 +68,9 @@ class StepOutcome:
         skipped_in_a_row: how many were skipped in a row up to now, earlier RL steps included.
         samples: completions drawn.
         metrics: by the names of ``nemo_apo.record``.
+        not_finite: what was not finite in the last of those skipped here, if any were.
+        mismatch: why nothing was trained: sampler and trainer disagree beyond
+            ``update.max_sampler_mismatch``; None if they do not.
     """
 
     schedule_state: ScheduleState
@@ -71,77 +79,155 @@ class StepOutcome:
     skipped_in_a_row: int
     samples: int
     metrics: dict[str, float]
+    not_finite: str | None = None
+    mismatch: str | None = None
+
+
+class StoppedInRollout(Exception):
+    """Raised on all ranks between two optimizer steps: stop early, and keep the rollout."""
+
+    def __init__(self, reason: str, rollout: StoredRollout) -> None:
+        super().__init__(reason)
+        self.rollout = rollout
 
 
 class RLStep:
     """The RL step of a policy under a configuration; it keeps no state of its own."""
 
     def __init__(
-        self, policy: Policy, config: Config, task: Task, remembered: RememberedWeights
+        self,
+        policy: Policy,
+        config: Config,
+        task: Task,
+        remembered: RememberedWeights,
+        stop: StopCheck | None = None,
     ) -> None:
         self.policy = policy
         self.config = config
         self.task = task
         self.remembered = remembered
-        self.source = RolloutSource(policy, config, task)
+        self.stop = stop or NeverStop()
+        self.source = RolloutSource(policy, config, task, self.stop)
         self.limits = RolloutLimits(task.vocab_size, task.max_response_length)
 
     def run(
-        self, step: int, state: ScheduleState, optimizer_steps: int, skipped_in_a_row: int
+        self,
+        step: int,
+        state: ScheduleState,
+        optimizer_steps: int,
+        skipped_in_a_row: int,
+        stored: StoredRollout | None = None,
     ) -> StepOutcome:
         """Run RL step number ``step`` (from 0).
 
         Args:
             step: index of the RL step; with the seed it determines prompts and samples.
             state: the schedule's state.
-            optimizer_steps: optimizer steps of the run so far, for the learning-rate warm-up.
-            skipped_in_a_row: optimizer steps skipped in a row so far.
+            optimizer_steps: optimizer steps of the run before this RL step, for the learning-rate
+                warm-up.
+            skipped_in_a_row: optimizer steps skipped in a row before this RL step.
+            stored: the rollout of this RL step, if it was stopped in it.
+
+        Raises:
+            StoppedEarly: on all ranks, if it was asked for before the first optimizer step;
+                nothing has changed.
+            StoppedInRollout: the same between two optimizer steps.
         """
         began = time.perf_counter()
-        drawn = self.source.draw(step)
-        metrics = dict(drawn.metrics)
-        tally = Tally(skipped_in_a_row)
-        if drawn.rollouts.count > 0:
-            state, trained = self._train_on(drawn, step, state, optimizer_steps, tally)
-            metrics |= trained
-        metrics[record.STEP_SECONDS] = time.perf_counter() - began
+        if stored is None:
+            rollout = self._begin(step, state, Tally(skipped_in_a_row))
+        else:
+            rollout = self._again(step, stored)
+        spent = rollout.watch.seconds
+        mismatch = self._mismatch(rollout)
+        if mismatch is None:
+            self._optimize(step, rollout, optimizer_steps, began)
+        tally, metrics = rollout.tally, rollout.metrics | spent
+        metrics[record.STEP_SECONDS] = spent.get(record.STEP_SECONDS, 0.0) + _since(began)
+        if rollout.parts:
+            last_lr = self._learning_rate(step, optimizer_steps + max(0, tally.taken - 1))
+            metrics |= {record.LEARNING_RATE: last_lr} | tally.metrics(self.config.objective)
         return StepOutcome(
-            state, tally.taken, tally.skipped, tally.in_a_row, drawn.samples, metrics
+            rollout.schedule,
+            tally.taken,
+            tally.skipped,
+            tally.in_a_row,
+            rollout.samples,
+            metrics,
+            next(reversed(tally.skipped_because), None),
+            mismatch,
         )
 
-    def _train_on(
-        self,
-        drawn: Drawn,
-        step: int,
-        state: ScheduleState,
-        optimizer_steps: int,
-        tally: Tally,
-    ) -> tuple[ScheduleState, dict[str, float]]:
-        """Weigh the rollout, step the schedule and take the optimizer steps."""
-        watch = Stopwatch()
-        config = self.config
-        rollouts = watch.time(record.LOGPROB_SECONDS, lambda: self._read(drawn.rollouts))
-        figures = _sequence_figures(rollouts)
-        batch = watch.time(record.WEIGH_SECONDS, lambda: self._settle(figures))
-        alpha, state = schedule_alpha(
-            config.objective,
-            config.schedule,
-            state,
+    def _begin(self, step: int, state: ScheduleState, tally: Tally) -> PendingRollout:
+        """Draw a rollout, read its log-probs, weigh it and step the schedule."""
+        drawn, watch = self.source.draw(step), Stopwatch()
+        pending = PendingRollout(
+            drawn.rollouts, state, drawn.samples, dict(drawn.metrics), tally, watch=watch
+        )
+        if drawn.rollouts.count == 0:
+            return pending
+        check_stop(self.stop)
+        pending.rollouts = watch.time(record.LOGPROB_SECONDS, lambda: self._read(drawn.rollouts))
+        check_stop(self.stop)
+        figures = _sequence_figures(pending.rollouts)
+        watch.time(record.WEIGH_SECONDS, lambda: self._settle_into(pending, figures, step))
+        pending.metrics |= sampler_metrics(figures) | _reference_metrics(pending.rollouts)
+        if pending.batch is not None:
+            pending.known_n = pending.batch.logprob_sums_N.clone()
+            self._step_schedule(pending, pending.batch, _finite(figures), step)
+        return pending
+
+    def _again(self, step: int, stored: StoredRollout) -> PendingRollout:
+        """The rollout of a checkpoint, where it was stopped."""
+        made = stored.restore()
+        self._settle_into(made, _sequence_figures(made.rollouts), step)
+        return made
+
+    def _settle_into(self, pending: PendingRollout, figures: SequenceFigures, step: int) -> None:
+        """What follows from the rollout alone: the batch to weigh, and the optimizer steps."""
+        finite_N = in_finite_groups(figures)
+        pending.row_N = torch.where(finite_N, finite_N.to(torch.int64).cumsum(0) - 1, -1)
+        if finite_N.any():
+            pending.batch = self._settle(figures.select(finite_N))
+        update, groups = self.config.update, Groups.from_ids(figures.group_ids_N)
+        pending.parts = optimizer_step_rows(
+            groups.index_N,
+            groups.count,
+            update.mini_batches,
+            update.epochs,
+            (self.config.run.seed * 1_000_003 + step) % 2**63,
+        )
+
+    def _step_schedule(
+        self, pending: PendingRollout, batch: GroupBatch, figures: SequenceFigures, step: int
+    ) -> None:
+        """Alpha of this RL step, and what the rollout shows before any update."""
+        objective = self.config.objective
+        pending.alpha, pending.schedule = schedule_alpha(
+            objective,
+            self.config.schedule,
+            pending.schedule,
             batch,
             step=step,
-            total_steps=config.run.steps,
-            reward_mean=drawn.metrics[record.REWARD_MEAN],
+            total_steps=self.config.run.steps,
+            reward_mean=pending.metrics[record.REWARD_MEAN],
             token_entropy=figures.token_entropy,
             limits=self.limits,
         )
-        metrics = rollout_metrics(config.objective, alpha, figures, batch)
-        metrics |= _reference_metrics(rollouts)
-        if config.objective.uses_alpha:
-            metrics |= schedule_metrics(state)
-        self._optimize(step, alpha, rollouts, batch, optimizer_steps, tally, watch)
-        last_lr = self._learning_rate(step, optimizer_steps + max(0, tally.taken - 1))
-        metrics |= {record.LEARNING_RATE: last_lr}
-        return state, metrics | tally.metrics(config.objective) | watch.seconds
+        pending.metrics |= rollout_metrics(objective, pending.alpha, figures, batch)
+        if objective.uses_alpha:
+            pending.metrics |= schedule_metrics(pending.schedule)
+
+    def _mismatch(self, rollout: PendingRollout) -> str | None:
+        """Why the rollout must not be trained on: the sampler was another policy."""
+        limit = self.config.update.max_sampler_mismatch
+        gap = rollout.metrics.get(record.SAMPLER_MISMATCH)
+        if limit is None or gap is None or gap <= limit:
+            return None
+        return (
+            f"log-probs of sampler and trainer differ by {gap:.3g} nats per token on average "
+            f"(update.max_sampler_mismatch={limit})"
+        )
 
     def _read(self, rollouts: Rollouts) -> Rollouts:
         """Log-probs of the rollout under the policy, the anchor and the reference."""
@@ -173,54 +259,58 @@ class RLStep:
         return settle(figures, config.objective, config.tau, config.regularizers, self.limits)
 
     def _optimize(
-        self,
-        step: int,
-        alpha: float,
-        rollouts: Rollouts,
-        batch: GroupBatch,
-        optimizer_steps: int,
-        tally: Tally,
-        watch: Stopwatch,
+        self, step: int, rollout: PendingRollout, optimizer_steps: int, began: float
     ) -> None:
-        """All optimizer steps of the rollout; each holds whole groups."""
-        update = self.config.update
-        # The last log-probs known of each sequence: what coefficients are computed from.
-        known_N = batch.logprob_sums_N.clone()
-        shuffle = torch.Generator().manual_seed((self.config.run.seed * 1_000_003 + step) % 2**63)
-        parts = [
-            part_G
-            for _ in range(update.epochs)
-            for part_G in torch.tensor_split(
-                torch.randperm(batch.groups.count, generator=shuffle), update.mini_batches
-            )
-            if part_G.numel() > 0
-        ]
-        for index, part_G in enumerate(parts):
-            rows = torch.isin(batch.groups.index_N, part_G).nonzero().squeeze(1)
-            if tally.steps > 0:
-                self._refresh(rollouts, rows, known_N, watch)
-            weighing = watch.time(
-                record.WEIGH_SECONDS,
-                lambda r=rows: tally.weigh(
-                    self.config.objective,
-                    optimizer_step_part(batch, r, known_N),
-                    alpha,
-                    anchor_is_old=self.config.anchor.name == "old",
-                ),
-            )
-            if index == len(parts) - 1:
-                self._measure_staleness(rollouts, batch, rows, alpha, weighing, tally)
-            lr = self._learning_rate(step, optimizer_steps + tally.taken)
-            watch.time(
-                record.TRAIN_SECONDS,
-                lambda r=rows, w=weighing, x=lr: self._train(rollouts, r, w, x, known_N, tally),
-            )
+        """The optimizer steps of the rollout that are not done; each holds whole groups."""
+        while rollout.done < len(rollout.parts):
+            if rollout.done > 0:
+                self._stop_in(rollout, began)
+            self._optimizer_step(step, rollout, rollout.parts[rollout.done], optimizer_steps)
+            rollout.done += 1
 
-    def _refresh(self, rollouts: Rollouts, rows: Tensor, known_N: Tensor, watch: Stopwatch) -> None:
+    def _stop_in(self, rollout: PendingRollout, began: float) -> None:
+        reason = self.stop.requested()
+        if reason is not None:
+            seconds = rollout.watch.seconds
+            seconds[record.STEP_SECONDS] = seconds.get(record.STEP_SECONDS, 0.0) + _since(began)
+            raise StoppedInRollout(reason, rollout.stored())
+
+    def _optimizer_step(
+        self, step: int, rollout: PendingRollout, rows: Tensor, optimizer_steps: int
+    ) -> None:
+        """Weigh some groups, and train on them; skipped by all ranks if something is not finite.
+
+        Every rank holds the same log-probs and coefficients, so every rank skips.
+        """
+        tally, at_n = rollout.tally, rollout.row_N[rows]
+        if bool((at_n < 0).any()):
+            return tally.skip("log-probs")
+        if tally.steps > 0:
+            self._refresh(rollout, rows, at_n)
+        weighing = rollout.watch.time(record.WEIGH_SECONDS, lambda: self._weigh(rollout, at_n))
+        if rollout.done == len(rollout.parts) - 1:
+            self._measure_staleness(rollout, rows, at_n, weighing)
+        if not weighing.columns.all_finite:
+            return tally.skip("coefficients")
+        lr = self._learning_rate(step, optimizer_steps + tally.taken)
+        return rollout.watch.time(
+            record.TRAIN_SECONDS, lambda: self._train(rollout, rows, weighing, lr)
+        )
+
+    def _weigh(self, rollout: PendingRollout, at_n: Tensor) -> Weighing:
+        assert rollout.batch is not None
+        return rollout.tally.weigh(
+            self.config.objective,
+            optimizer_step_part(rollout.batch, at_n, rollout.known_n),
+            rollout.alpha,
+            anchor_is_old=self.config.anchor.name == "old",
+        )
+
+    def _refresh(self, rollout: PendingRollout, rows: Tensor, at_n: Tensor) -> None:
         """Bring the known log-probs of the rows up to date where the objective asks for it."""
         if needs_refresh(self.config.objective):
-            known_N[rows] = watch.time(
-                record.REFRESH_SECONDS, lambda: self._current_sums(rollouts, rows)
+            rollout.known_n[at_n] = rollout.watch.time(
+                record.REFRESH_SECONDS, lambda: self._current_sums(rollout.rollouts, rows)
             )
 
     def _current_sums(self, rollouts: Rollouts, rows: Tensor) -> Tensor:
@@ -229,33 +319,21 @@ class RLStep:
         return sequence_sums(logprobs_NT, part.mask_NT)
 
     def _measure_staleness(
-        self,
-        rollouts: Rollouts,
-        batch: GroupBatch,
-        rows: Tensor,
-        alpha: float,
-        stale: Weighing,
-        tally: Tally,
+        self, rollout: PendingRollout, rows: Tensor, at_n: Tensor, stale: Weighing
     ) -> None:
         """With ``refresh: stale``, the relative error of the rollout's last coefficients."""
-        if not uses_stale_logprobs(self.config.objective) or tally.steps == 0:
+        if not uses_stale_logprobs(self.config.objective) or rollout.tally.steps == 0:
             return
-        current_N = batch.logprob_sums_N.clone()
-        current_N[rows] = self._current_sums(rollouts, rows)
-        exact = self.config.objective.weigh(optimizer_step_part(batch, rows, current_N), alpha)
-        tally.refresh_bias = coefficient_error(stale, exact)
+        assert rollout.batch is not None
+        current_n = rollout.known_n.clone()
+        current_n[at_n] = self._current_sums(rollout.rollouts, rows)
+        part = optimizer_step_part(rollout.batch, at_n, current_n)
+        exact = self.config.objective.weigh(part, rollout.alpha)
+        rollout.tally.refresh_bias = coefficient_error(stale, exact)
 
-    def _train(
-        self,
-        rollouts: Rollouts,
-        rows: Tensor,
-        weighing: Weighing,
-        lr: float,
-        known_N: Tensor,
-        tally: Tally,
-    ) -> None:
+    def _train(self, rollout: PendingRollout, rows: Tensor, weighing: Weighing, lr: float) -> None:
         """Forward, backward and the optimizer step on some rows of the rollout."""
-        in_loss = self.config.regularizers.needs_reference_in_loss
+        rollouts, in_loss = rollout.rollouts, self.config.regularizers.needs_reference_in_loss
         part = MicroBatch.of(
             rollouts.tokens_NT[rows],
             rollouts.mask_NT[rows],
@@ -266,9 +344,9 @@ class RLStep:
         size = self.config.update.micro_batch_size
         kept, sums_N = self.policy.accumulate(part, size, self._loss)
         update = self.policy.update(lr, float(kept["loss"]))
-        if not update.skipped:  # else they may be NaN, and stale coefficients would stay so
-            known_N[rows] = sums_N
-        tally.note(
+        if update.not_finite is None:  # else they may be NaN, and stale coefficients would stay so
+            rollout.known_n[rollout.row_N[rows]] = sums_N
+        rollout.tally.note(
             self.config.objective,
             weighing,
             UpdateFigures(
@@ -276,7 +354,7 @@ class RLStep:
                 clipped_tokens=float(kept["clipped"]),
                 tokens=float(part.mask_BT.sum()),
                 grad_norm=update.grad_norm,
-                skipped=update.skipped,
+                not_finite=update.not_finite,
             ),
         )
 
@@ -308,6 +386,14 @@ class RLStep:
         return (
             optimizer.lr * warmup * DECAYS[optimizer.lr_decay_style](step / self.config.run.steps)
         )
+
+
+def _since(began: float) -> float:
+    return time.perf_counter() - began
+
+
+def _finite(figures: SequenceFigures) -> SequenceFigures:
+    return figures.select(in_finite_groups(figures))
 
 
 def _sequence_figures(rollouts: Rollouts) -> SequenceFigures:

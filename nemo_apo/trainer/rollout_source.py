@@ -16,6 +16,7 @@ from nemo_apo.config import Config
 from nemo_apo.core.filtering import SettledGroups, settle_groups
 from nemo_apo.core.groups import Groups
 from nemo_apo.tasks import Task
+from nemo_apo.trainer.interruption import StopCheck
 from nemo_apo.trainer.policy import Policy
 from nemo_apo.trainer.rollouts import Rollouts, assemble, check_tokens, concatenate
 from nemo_apo.trainer.sampler import uniforms
@@ -40,14 +41,18 @@ class Drawn:
 class RolloutSource:
     """Draws rollouts from a policy; every rank gets the same ones."""
 
-    def __init__(self, policy: Policy, config: Config, task: Task) -> None:
+    def __init__(self, policy: Policy, config: Config, task: Task, stop: StopCheck) -> None:
         self.policy = policy
+        self.stop = stop
         self.config = config
         self.task = task
 
     def draw(self, step: int) -> Drawn:
         """The rollout of RL step ``step``; with ``rollout.resample``, groups without signal are
         replaced by further ones as long as rounds are left.
+
+        Raises:
+            StoppedEarly: on all ranks, if it was asked for meanwhile.
         """
         began = time.perf_counter()
         wanted = self.config.rollout.prompts
@@ -87,7 +92,7 @@ class RolloutSource:
         for prompt in distinct:
             check_tokens(torch.tensor(prompt.tokens), task.vocab_size)
         draws = uniforms(config.run.seed, stream, len(prompts), task.max_response_length)
-        completions = complete(self.policy, task, config.rollout, prompts, draws)
+        completions = complete(self.policy, task, config.rollout, prompts, draws, self.stop)
         group_ids_N = torch.arange(count).repeat_interleave(size)
         rollouts = assemble(
             prompts,

@@ -6,8 +6,9 @@ how prompts are spread over ranks or batches. Axes: B sequences, S prompt tokens
 tokens, V vocabulary.
 """
 
+import contextlib
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from megatron.core.inference.contexts import StaticInferenceContext
@@ -37,6 +38,7 @@ def generate(
     max_response_length: int,
     temperature: float,
     micro_batch_size: int,
+    between: Callable[[], None] = lambda: None,
 ) -> Completions:
     """Complete every prompt.
 
@@ -49,22 +51,32 @@ def generate(
         max_response_length: R.
         temperature: divides the logits; greedy decoding ignores it.
         micro_batch_size: sequences generated at once.
+        between: called before each batch; what it raises ends the generation.
     """
-    was_training = model.training
-    model.eval()
     parts = []
-    for start in range(0, len(prompts), micro_batch_size):
-        rows = slice(start, start + micro_batch_size)
-        batch = _Batch(model, prompts[rows], max_response_length, pad_id)
-        draws_BR = None if uniforms_NR is None else uniforms_NR[rows]
-        parts.append(batch.complete(draws_BR, vocab_size, end_id, pad_id, temperature))
-    model.train(was_training)
+    with _evaluating(model):
+        for start in range(0, len(prompts), micro_batch_size):
+            between()
+            rows = slice(start, start + micro_batch_size)
+            batch = _Batch(model, prompts[rows], max_response_length, pad_id)
+            draws_BR = None if uniforms_NR is None else uniforms_NR[rows]
+            parts.append(batch.complete(draws_BR, vocab_size, end_id, pad_id, temperature))
     return Completions(
         tokens_NR=torch.cat([part.tokens_NR for part in parts]),
         lengths_N=torch.cat([part.lengths_N for part in parts]),
         finished_N=torch.cat([part.finished_N for part in parts]),
         logprob_sums_N=torch.cat([part.logprob_sums_N for part in parts]),
     )
+
+
+@contextlib.contextmanager
+def _evaluating(model: GPTModel) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 class _Batch:

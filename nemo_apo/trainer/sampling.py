@@ -9,6 +9,7 @@ from nemo_apo.config import RolloutConfig
 from nemo_apo.parallel.gather import all_gather_rows
 from nemo_apo.parallel.layout import Layout
 from nemo_apo.tasks import Prompt, Task
+from nemo_apo.trainer.interruption import NeverStop, StopCheck, check_stop
 from nemo_apo.trainer.policy import Policy
 from nemo_apo.trainer.rollouts import Completions
 from nemo_apo.trainer.sampler import generate
@@ -20,6 +21,7 @@ def complete(
     rollout: RolloutConfig,
     prompts: Sequence[Prompt],
     uniforms_NR: Tensor | None,
+    stop: StopCheck | None = None,
 ) -> Completions:
     """Complete every prompt with the policy's current weights; the same result on all ranks.
 
@@ -29,6 +31,10 @@ def complete(
         rollout: temperature and batch size.
         prompts: one per completion wanted.
         uniforms_NR: see ``generate``; None decodes greedily.
+        stop: asked between batches; None is never.
+
+    Raises:
+        StoppedEarly: on all ranks, if ``stop`` asks for it.
     """
     model = policy.refit_sampler()
     rows = _share(policy.layout, len(prompts))
@@ -42,6 +48,7 @@ def complete(
         max_response_length=task.max_response_length,
         temperature=rollout.temperature,
         micro_batch_size=rollout.micro_batch_size,
+        between=lambda: check_stop(stop or NeverStop()),
     )
 
     def gathered(values: Tensor) -> Tensor:

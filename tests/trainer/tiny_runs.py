@@ -107,7 +107,7 @@ class WatchedStep(RLStep):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.source = WatchedSource(self.policy, self.config, self.task)
+        self.source = WatchedSource(self.policy, self.config, self.task, self.stop)
         self.read: list[Rollouts] = []
         self.batches: list[GroupBatch] = []
 

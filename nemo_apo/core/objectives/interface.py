@@ -66,6 +66,11 @@ class Columns:
         """The same on a device; float64 stays float64."""
         return self.map(lambda column_N: column_N.to(device))
 
+    @property
+    def all_finite(self) -> bool:
+        """Whether every number of every column is finite."""
+        return all(bool(getattr(self, field.name).isfinite().all()) for field in fields(self))
+
     def map(self, change: Callable[[Tensor], Tensor]) -> "Columns":
         """Every column changed in the same way."""
         return Columns(**{field.name: change(getattr(self, field.name)) for field in fields(self)})

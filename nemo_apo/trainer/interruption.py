@@ -1,0 +1,116 @@
+"""Stopping early, on all ranks at once: a signal to any of them, or the time limit.
+
+USR1 and TERM are noted where they arrive and acted upon where no collective is under way: every
+rank calls ``requested`` there, and all get the same answer. A second signal ends the process at
+once, with nothing saved; checkpoints are renamed into place when complete, so the last one stays
+whole.
+"""
+
+import os
+import re
+import signal
+import time
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+
+from nemo_apo.parallel.gather import highest
+
+# A launcher passes a signal on to ranks that had it already: so soon after the first, it is the
+# same one.
+SAME_SIGNAL_S = 5.0
+# Exit status of a run that was stopped early and saved: run it again to go on (BSD's EX_TEMPFAIL).
+EXIT_STOPPED_EARLY = 75
+_SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+_REASONS = ("", "run.max_time is reached", "signal USR1", "signal TERM")
+_MAX_TIME = re.compile(r"(?:(\d+):)?(\d{1,2}):(\d{2}):(\d{2})")
+
+
+class StopCheck(Protocol):
+    """Whether to stop early; collective."""
+
+    def requested(self) -> str | None:
+        """Why all ranks are to stop now, or None."""
+        ...
+
+
+class NeverStop:
+    """For work that nobody interrupts."""
+
+    def requested(self) -> str | None:
+        return None
+
+
+class StoppedEarly(Exception):
+    """Raised on all ranks at once where work is abandoned; the message is the reason."""
+
+
+def check_stop(check: StopCheck) -> None:
+    """Raise ``StoppedEarly`` on all ranks if they are to stop now."""
+    reason = check.requested()
+    if reason is not None:
+        raise StoppedEarly(reason)
+
+
+def parse_max_time(text: str) -> float:
+    """Seconds of "[days:]hours:minutes:seconds", as NeMo writes them.
+
+    Raises:
+        ValueError: for anything else, and for no time at all.
+    """
+    match = _MAX_TIME.fullmatch(text)
+    days, hours, minutes, seconds = (
+        (int(part or 0) for part in match.groups()) if match else [0] * 4
+    )
+    total = ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+    if total == 0 or minutes >= 60 or seconds >= 60:
+        raise ValueError("must be [days:]hours:minutes:seconds, such as 03:45:00")
+    return float(total)
+
+
+class Interruption:
+    """Listens for signals while it is entered as a context; see the module.
+
+    Args:
+        device: of this rank.
+        max_time_s: seconds from now after which all ranks stop; None is no limit.
+        clock: seconds.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        max_time_s: float | None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._device, self._clock = device, clock
+        self._deadline = None if max_time_s is None else clock() + max_time_s
+        self._reason = 0
+        self._first: float | None = None
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "Interruption":
+        for number in _SIGNALS:
+            self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        now = self._clock()
+        if self._first is not None and now - self._first > SAME_SIGNAL_S:
+            os._exit(128 + number)
+        if self._first is None:
+            self._first, self._reason = now, 2 + _SIGNALS.index(signal.Signals(number))
+
+    def requested(self) -> str | None:
+        """Why all ranks are to stop now, or None; collective."""
+        reason = self._reason
+        if reason == 0 and self._deadline is not None and self._clock() >= self._deadline:
+            reason = 1
+        reason = highest(reason, self._device)
+        return _REASONS[reason] if reason else None
