@@ -1,0 +1,111 @@
+"""Signals and the time limit, as they arrive at real processes."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from nemo_apo.trainer.interruption import Interruption, StoppedEarly, check_stop, parse_max_time
+from tests.parallel.ranks import run_ranks
+
+CPU = torch.device("cpu")
+
+
+def test_all_ranks_learn_of_a_signal_to_one() -> None:
+    def work() -> list[str | None]:
+        import torch.distributed as dist
+
+        with Interruption(CPU, None) as stop:
+            heard = [stop.requested()]
+            if dist.get_rank() == 1:
+                os.kill(os.getpid(), signal.SIGUSR1)
+            return [*heard, stop.requested(), stop.requested()]
+
+    assert run_ranks(3, work) == [[None, "signal USR1", "signal USR1"]] * 3
+
+
+@pytest.mark.parametrize(("number", "told"), [("USR1", "signal USR1"), ("TERM", "signal TERM")])
+def test_work_is_abandoned_at_the_next_check(number: str, told: str) -> None:
+    def work() -> str:
+        with Interruption(CPU, None) as stop:
+            check_stop(stop)
+            os.kill(os.getpid(), getattr(signal, f"SIG{number}"))
+            with pytest.raises(StoppedEarly) as stopped:
+                check_stop(stop)
+            return str(stopped.value)
+
+    assert run_ranks(1, work) == [told]
+
+
+def test_the_time_limit_of_any_rank_stops_all() -> None:
+    def work() -> list[str | None]:
+        import torch.distributed as dist
+
+        now = [100.0]
+        stop = Interruption(CPU, 60.0 if dist.get_rank() == 0 else None, clock=lambda: now[0])
+        heard = [stop.requested()]
+        now[0] = 159.9
+        heard.append(stop.requested())
+        now[0] = 160.0
+        return [*heard, stop.requested()]
+
+    assert run_ranks(2, work) == [[None, None, "run.max_time is reached"]] * 2
+
+
+def test_handlers_are_put_back() -> None:
+    def work() -> None:
+        before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR1)
+        with Interruption(CPU, None):
+            assert signal.getsignal(signal.SIGTERM) != before[0]
+        assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR1)) == before
+
+    run_ranks(1, work)
+
+
+WAITING = """
+import time, torch
+from nemo_apo.trainer import interruption
+interruption.SAME_SIGNAL_S = {same}
+with interruption.Interruption(torch.device("cpu"), None):
+    print("ready", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(("same", "ends"), [(0.0, True), (30.0, False)])
+def test_a_second_signal_ends_the_process_unless_it_is_the_first_passed_on(
+    same: float, ends: bool
+) -> None:
+    code = WAITING.format(same=same)
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        for _ in range(2):
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.5)
+        if ends:
+            assert process.wait(timeout=30) == 128 + signal.SIGTERM
+        else:
+            assert process.poll() is None
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("00:00:01", 1), ("1:30:00", 5400), ("03:45:10", 13510), ("02:00:00:00", 172800)],
+)
+def test_times_as_nemo_writes_them(text: str, seconds: float) -> None:
+    assert parse_max_time(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "90", "1:30", "00:00:00", "1:60:00", "1:00:60", "-1:00:00"])
+def test_other_times_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"must be \[days:\]hours:minutes:seconds"):
+        parse_max_time(text)
