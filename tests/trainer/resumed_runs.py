@@ -72,7 +72,8 @@ def moments(policy: Policy) -> list[Tensor]:
     for part in parts:
         for group in part.optimizer.param_groups:
             for parameter in group["params"]:
-                kept += [parameter, *part.optimizer.state[parameter].values()]
+                state = part.optimizer.state[parameter]
+                kept += [parameter, *(state[name] for name in sorted(state))]
     return [torch.as_tensor(value).detach().clone() for value in kept]
 
 
