@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -171,11 +172,22 @@ def saved_under_strace(root: Path, config: Config, arguments: list[str]) -> int 
     return process.exitcode
 
 
-def calls_of_main_thread(trace: Path, root: Path) -> int:
-    """Calls up to the last one that names the folder; a kill is injected by each thread's count."""
-    lines = trace.read_text().splitlines()
-    own = [line for line in lines if line.split()[0] == lines[0].split()[0]]
-    return max(number for number, line in enumerate(own, start=1) if str(root) in line)
+def calls_of_main_thread(trace: Path, root: Path) -> list[tuple[str, int]]:
+    """Name and running number of each call, up to the last one that names the folder.
+
+    strace counts the calls of each name and thread apart.
+    """
+    lines = [line.split(maxsplit=1) for line in trace.read_text().splitlines()]
+    own = [text for thread, text in lines if thread == lines[0][0]]
+    last = max(number for number, text in enumerate(own) if str(root) in text)
+    counted: Counter[str] = Counter()
+    calls = []
+    for text in own[: last + 1]:
+        name = text.split("(")[0]
+        if name in _SYSTEM_CALLS:
+            counted[name] += 1
+            calls.append((name, counted[name]))
+    return calls
 
 
 @pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
@@ -186,15 +198,15 @@ def test_a_kill_at_any_system_call_leaves_a_whole_checkpoint(tmp_path: Path) -> 
     trace = tmp_path / "trace"
     calls = f"trace={','.join(_SYSTEM_CALLS)}"
     assert saved_under_strace(counting, config, ["-o", str(trace), "-e", calls]) == 0
-    total = calls_of_main_thread(trace, counting)
-    points = spread(total, tries(6, 200))
+    made = calls_of_main_thread(trace, counting)
+    points = [made[number - 1] for number in spread(len(made), tries(6, 250))]
     roots = copies(original, len(points))
     codes = []
-    for root, point in zip(roots, points, strict=True):
-        inject = f"inject={','.join(_SYSTEM_CALLS)}:signal=KILL:when={point}"
+    for root, (name, number) in zip(roots, points, strict=True):
+        inject = f"inject={name}:signal=KILL:when={number}"
         arguments = ["-o", os.devnull, "-e", calls, "-e", inject]
         codes.append(saved_under_strace(root, config, arguments))
     # The number of calls differs a little from one save to the next.
     assert codes.count(-signal.SIGKILL) >= len(codes) - max(1, len(codes) // 20), codes
     check(outcomes(roots, config), {"A", "B"})
-    report(f"SIGKILL at a system call of a save ({total} calls)", len(points))
+    report(f"SIGKILL at a system call of a save ({len(made)} calls)", len(points))
