@@ -14,10 +14,12 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from torch.distributed.checkpoint import CheckpointException
 
 from nemo_apo.config import Config
 from nemo_apo.core.alpha_schedule import ScheduleState
@@ -254,7 +256,7 @@ def load_weights(folder: Path, policy: Policy) -> None:
 def _read(folder: Path, entries: dict[str, Any]) -> dict[str, Any]:
     try:
         return read_shards(folder, entries)
-    except RankError as error:
+    except (RankError, UnpicklingError, CheckpointException) as error:
         raise CheckpointError(f"cannot read {folder}: {error}") from error
 
 

@@ -30,11 +30,13 @@ def optimizer_entries(
 def take_optimizer(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -> None:
     """Put what was loaded into the optimizer, save for what its configuration decides."""
     decided = [_options(group) for group in optimizer.param_groups]
+    parts = _parts(optimizer)
     with contextlib.ExitStack() as stack:
-        for part in _parts(optimizer):
+        for number, part in enumerate(parts):
+            _restore_zero_step(part, loaded if len(parts) == 1 else loaded[number])
             stack.enter_context(_keeping_step(part))
         optimizer.load_state_dict(loaded)
-    for part in _parts(optimizer):
+    for part in parts:
         for state in part.optimizer.state.values():
             if isinstance(state.get("step"), Tensor):
                 state["step"] = state["step"].clone()
@@ -66,6 +68,14 @@ def _fill_moments(optimizer: MegatronOptimizer) -> None:
                         "exp_avg": torch.zeros_like(parameter.data),
                         "exp_avg_sq": torch.zeros_like(parameter.data),
                     }
+
+
+def _restore_zero_step(part: MegatronOptimizer, loaded: dict[str, Any]) -> None:
+    """Say that no step was taken: megatron leaves the count out of what it saves if it is 0."""
+    counts = any("step" in state for state in part.optimizer.state.values())
+    if counts and not isinstance(part, DistributedOptimizer):
+        state = loaded.get("optimizer", loaded)["state"]
+        state.setdefault("common_step", torch.tensor(0.0))
 
 
 @contextlib.contextmanager

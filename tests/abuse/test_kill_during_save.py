@@ -1,10 +1,8 @@
 """SIGKILL at any point of a save: there is always a whole checkpoint, of one state or the other."""
 
-import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 from collections import Counter
@@ -23,6 +21,7 @@ from tests.parallel.ranks import run_ranks
 from tests.trainer.tiny_runs import parallel
 
 from .effort import report, spread, tries
+from .traced import saved_under_strace
 from .two_states import (
     STEP,
     Outcome,
@@ -50,7 +49,6 @@ _SYSTEM_CALLS = (
     "unlinkat",
     "rmdir",
 )
-_END_S = 60.0
 
 
 class Trap:
@@ -131,47 +129,6 @@ def test_a_kill_of_one_of_two_ranks_leaves_a_whole_checkpoint(victim: int, tmp_p
     report(f"SIGKILL of rank {victim} of two at a file call of a save", len(points))
 
 
-def save_b_when_told(root: Path, config: Config, channel: Any) -> None:
-    def work() -> None:
-        training = at(STEP["B"], config, initialize(config))
-        channel.send(os.getpid())
-        channel.recv()
-        save_at(root, training, STEP["B"])
-
-    run_ranks_here(work)
-
-
-def run_ranks_here(work: Callable[[], None]) -> None:
-    """The work as the only rank of a group, in this process."""
-    store = dist.HashStore()
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    work()
-
-
-def saved_under_strace(root: Path, config: Config, arguments: list[str]) -> int | None:
-    """Save B in a process that strace has taken over; its exit code."""
-    context = multiprocessing.get_context("fork")
-    here, there = context.Pipe()
-    process = context.Process(target=save_b_when_told, args=(root, config, there))
-    process.start()
-    pid = here.recv()
-    tracer = subprocess.Popen(
-        ["strace", "-f", "-p", str(pid), *arguments], stderr=subprocess.PIPE, text=True
-    )
-    try:
-        assert tracer.stderr is not None
-        line = tracer.stderr.readline()
-        if "attached" not in line:
-            pytest.skip(f"strace may not trace another process here: {line.strip()}")
-        here.send("go")
-        process.join(_END_S)
-    finally:
-        process.kill()
-        process.join()
-        tracer.communicate(timeout=_END_S)
-    return process.exitcode
-
-
 def calls_of_main_thread(trace: Path, root: Path) -> list[tuple[str, int]]:
     """Name and running number of each call, up to the last one that names the folder.
 
@@ -190,7 +147,7 @@ def calls_of_main_thread(trace: Path, root: Path) -> list[tuple[str, int]]:
     return calls
 
 
-@pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
+@pytest.mark.skipif(shutil.which("strace") is None, reason="NOT TESTED: no strace here")
 def test_a_kill_at_any_system_call_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
     config, original = abuse_config(), tmp_path / "a"
     save_a(original, config)
