@@ -49,7 +49,7 @@ _FORMAT = 3
 
 
 class SaveFailed(RuntimeError):
-    """A checkpoint could not be written; those that were there are untouched."""
+    """A checkpoint could not be written, or an old one not removed; the newest is whole."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def save(
         The checkpoint's folder.
 
     Raises:
-        SaveFailed: on every rank, if one could not write.
+        SaveFailed: on every rank, if one could not write or remove.
     """
     run, fixed, layout = config.run, fixed_values(config), policy.layout
     texts = {_random_file(layout.rank): json.dumps(read_random_state(layout.device))}
@@ -133,13 +133,16 @@ def save(
     }
 
     def prepare() -> Path:
-        root.mkdir(parents=True, exist_ok=True)
         remove_leftovers(root)
         return make_partial(root, f"step_{state.step:06d}")
 
     entries = _sharded(policy, remembered, is_loading=False)
     folder = _write(prepare, lambda: free_name(root, state.step), entries, texts, about)
-    on_first(lambda: prune(root, folder, Kept(run.keep_last, run.keep_best, run.keep_best_metric)))
+    kept = Kept(run.keep_last, run.keep_best, run.keep_best_metric)
+    try:
+        on_first(lambda: prune(root, folder, kept))
+    except RankError as error:
+        raise SaveFailed(f"{folder} is saved, but an older one stays ({error})") from error
     return folder
 
 

@@ -1,13 +1,14 @@
 """Which checkpoint to go on from: the newest whose seal holds, the same one on every rank."""
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch.distributed as dist
 
 from nemo_apo.config import ConfigError
-from nemo_apo.parallel.together import on_first, together
+from nemo_apo.parallel.together import RankError, Result, on_first, together
 from nemo_apo.trainer.durable_files import sync_folder
 from nemo_apo.trainer.sealed_folder import (
     DamagedFolder,
@@ -72,7 +73,7 @@ def newest_verified(root: Path) -> Found | None:
             ones; on every rank.
     """
     damaged: list[tuple[Path, str]] = []
-    for folder in on_first(lambda: checkpoint_folders(root)):
+    for folder in _on_first(lambda: checkpoint_folders(root)):
         try:
             return Found(verify(folder), tuple(damaged))
         except DamagedFolder as fault:
@@ -128,6 +129,9 @@ def set_aside(damaged: tuple[tuple[Path, str], ...]) -> list[str]:
     The run goes on from an earlier step; a newer checkpoint that only failed to be read this time
     must not be taken up again later, beside metrics of the run that went on without it. Returns
     one line for each, to be shown.
+
+    Raises:
+        CheckpointError: on every rank, if one cannot be renamed.
     """
 
     def rename() -> list[str]:
@@ -142,4 +146,11 @@ def set_aside(damaged: tuple[tuple[Path, str], ...]) -> list[str]:
             lines.append(f"{folder.name} is damaged and was passed over: {reason}; now {aside}")
         return lines
 
-    return on_first(rename) if damaged else []
+    return _on_first(rename) if damaged else []
+
+
+def _on_first(work: Callable[[], Result]) -> Result:
+    try:
+        return on_first(work)
+    except RankError as error:
+        raise CheckpointError(f"the folder of checkpoints cannot be used: {error}") from error

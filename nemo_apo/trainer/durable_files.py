@@ -63,6 +63,14 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def make_folders(folder: Path) -> None:
+    """Make a folder and those above it that are missing, and write their names out to disk."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    for path in reversed(missing):
+        path.mkdir(exist_ok=True)
+        sync_folder(path.parent)
+
+
 def replace_text(path: Path, text: str) -> None:
     """Give a file a new content: after a crash it holds the old one or the new one, whole."""
     aside = path.with_name(f"{PARTIAL}{path.name}")
@@ -79,7 +87,7 @@ def make_partial(root: Path, name: str) -> Path:
 
     Its name is used once: a writer that outlives the job it belonged to cannot meet the next.
     """
-    root.mkdir(parents=True, exist_ok=True)
+    make_folders(root)
     partial = root / f"{PARTIAL}{name}.{secrets.token_hex(4)}"
     partial.mkdir()
     return partial

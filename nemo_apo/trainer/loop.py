@@ -31,7 +31,7 @@ from nemo_apo.trainer import checkpoint
 from nemo_apo.trainer.anchors import RememberedWeights
 from nemo_apo.trainer.checkpoint import SaveFailed, TrainerState
 from nemo_apo.trainer.checkpoint_search import checkpoint_folders, newest_verified, set_aside
-from nemo_apo.trainer.durable_files import replace_text
+from nemo_apo.trainer.durable_files import make_folders, replace_text
 from nemo_apo.trainer.evaluation import Evaluation, evaluate
 from nemo_apo.trainer.metrics import MetricsLog
 from nemo_apo.trainer.policy import Policy
@@ -339,7 +339,7 @@ def _prepare_folder(folder: Path, config: Config, layout: Layout) -> None:
         try:
             if config.run.if_exists == "overwrite":
                 _remove_run(folder)
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folders(folder)
             # A resumed run replaces its configuration once the checkpoint has accepted the new one.
             if not (folder / record.METRICS_FILE).exists():
                 replace_text(folder / record.CONFIG_FILE, to_yaml(config))

@@ -11,7 +11,7 @@ from nemo_apo import record
 from nemo_apo.compose import to_yaml
 from nemo_apo.config import Config
 from nemo_apo.core.diagnostics import Finding
-from nemo_apo.trainer.durable_files import replace_text
+from nemo_apo.trainer.durable_files import replace_text, sync_folder
 
 
 class MetricsLog:
@@ -41,11 +41,14 @@ class MetricsLog:
         line: dict[str, Any] = {record.STEP: step}
         line |= {name: _json_number(value) for name, value in metrics.items()}
         line[record.FINDINGS] = [asdict(finding) for finding in findings]
+        is_new = not self._path.exists()
         with self._path.open("a") as file:
             file.write(json.dumps(line) + "\n")
             file.flush()
             # A checkpoint that survives a power cut must not outlive the lines before it.
             os.fsync(file.fileno())
+        if is_new:
+            sync_folder(self._path.parent)
         if self._tensorboard is not None:
             for name, value in metrics.items():
                 self._tensorboard.add_scalar(name, value, step)
