@@ -29,6 +29,19 @@ BACKENDS = ("auto", "gloo", "nccl")
 PARAMS_DTYPES = ("float32", "bfloat16")
 RECOMPUTE = ("none", "selective", "full")
 LR_DECAY_STYLES = ("constant", "linear", "cosine")
+# Sections that a checkpoint is tied to, unless run.allow_changed names them.
+ALLOWED_CHANGES = (
+    "task",
+    "objective",
+    "schedule",
+    "tau",
+    "anchor",
+    "regularizers",
+    "rollout",
+    "optimizer",
+)
+# Metrics of which more is better.
+BEST_METRICS = ("eval/accuracy", "eval/reward", "eval/pass_at_k", "reward/mean")
 
 
 def require(holds: bool, key: str, value: object, rule: str) -> None:
@@ -50,6 +63,11 @@ class RunConfig:
         dry_run: check and print, train nothing.
         save_every: RL steps between checkpoints, the last step included; 0 saves none (but
             ``stop_after`` still does).
+        keep_last: newest checkpoints that are kept; null keeps all.
+        keep_best: checkpoints that are kept besides, the best by ``keep_best_metric``.
+        keep_best_metric: one of ``BEST_METRICS``.
+        allow_changed: sections whose values may differ from those of the checkpoint that is
+            resumed; any other change of a section that a checkpoint is tied to is refused.
         stop_after: stop (and save) after this RL step, to be resumed later; null runs to the end.
         threads: CPU threads per rank; null shares the machine's cores among its ranks (the tiny
             model is fastest on one).
@@ -67,6 +85,10 @@ class RunConfig:
     if_exists: str = "error"
     dry_run: bool = False
     save_every: int = 40
+    keep_last: int | None = None
+    keep_best: int = 0
+    keep_best_metric: str = "eval/accuracy"
+    allow_changed: list[str] = field(default_factory=list)
     stop_after: int | None = None
     threads: int | None = 1
     console: str = "auto"
@@ -315,7 +337,7 @@ def validate(config: Config, world_size: int) -> None:
     _check_run(config.run)
     _check_model(config.model)
     _check_layout(config, world_size)
-    _check_saving(config)
+    _check_keeping(config)
     _check_anchor(config.anchor)
     _check_rollout(config.rollout)
     _check_update(config.update, config.rollout)
@@ -446,12 +468,24 @@ def _check_virtual(parallel: ParallelConfig, model: ModelConfig) -> None:
     require(model.num_layers % (stages * chunks) == 0, key, chunks, rule)
 
 
-def _check_saving(config: Config) -> None:
-    if not config.parallel.distributed_optimizer:
+def _check_keeping(config: Config) -> None:
+    run = config.run
+    if run.keep_last is not None:
+        _at_least("run", run, 1, "keep_last")
+    _at_least("run", run, 0, "keep_best")
+    _one_of("run.keep_best_metric", run.keep_best_metric, BEST_METRICS)
+    for section in run.allow_changed:
+        rule = f"may hold {', '.join(ALLOWED_CHANGES)}"
+        require(section in ALLOWED_CHANGES, "run.allow_changed", section, rule)
+    if run.keep_best == 0:
         return
-    rule = "needs run.save_every=0 and no run.stop_after: its state cannot be saved yet"
-    saves = config.run.save_every > 0 or config.run.stop_after is not None
-    require(not saves, "parallel.distributed_optimizer", "true", rule)
+    limited = run.keep_last is not None
+    require(limited, "run.keep_best", run.keep_best, "needs run.keep_last, else all are kept")
+    if run.keep_best_metric.startswith("eval/"):
+        every = config.evaluation.every
+        rule = f"must be a multiple of evaluation.every={every}, else no checkpoint has the "
+        rule += f"run.keep_best_metric={run.keep_best_metric} that run.keep_best goes by"
+        require(run.save_every % every == 0, "run.save_every", run.save_every, rule)
 
 
 def _check_anchor(anchor: AnchorConfig) -> None:

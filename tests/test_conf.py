@@ -342,7 +342,6 @@ class TestMistakes:
                 "must divide model.num_layers=2",
             ),
             (["parallel.recompute=all"], 1, "must be one of none, selective, full"),
-            (["parallel.distributed_optimizer=true"], 1, "its state cannot be saved yet"),
             (["model.params_dtype=float16"], 1, "must be one of float32, bfloat16"),
         ],
     )

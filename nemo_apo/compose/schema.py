@@ -194,12 +194,20 @@ def _check_type(key: str, value: object, hint: Any) -> None:
     kind = next(arg for arg in typing.get_args(hint) if arg is not type(None)) if optional else hint
     if value is None and optional:
         return
+    if kind == list[str]:
+        _check_names(key, value)
+        return
     fits = type(value) is kind or (kind is float and type(value) is int)
     if not fits or (isinstance(value, float) and math.isnan(value)):
         expected = _KINDS[kind] + (" or null" if optional else "")
         is_number = isinstance(value, (int, float)) and kind is str
         quote = f"; to write it as text: {key}=\"'{shown(value)}'\"" if is_number else ""
         raise ConfigError(f"{assigned(key, value)}: must be {expected}{quote}")
+
+
+def _check_names(key: str, value: object) -> None:
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise ConfigError(f"{assigned(key, value)}: must be a list of names, such as [task,tau]")
 
 
 def first_line(error: Exception) -> str:

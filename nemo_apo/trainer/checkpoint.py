@@ -1,45 +1,55 @@
-"""Checkpoints by ``megatron.core.dist_checkpointing``, with the trainer's own state beside them.
+"""Checkpoints of a run: megatron's sharded files and the trainer's own state, under one seal.
 
-``checkpoints/step_000040/`` holds megatron's sharded weights, optimizer moments and remembered
-weights, and ``trainer_state.json`` (``TrainerState``). The folder is written under a temporary
-name and renamed when complete, so that an interrupted save is never taken for a checkpoint.
+``checkpoints/step_000040/`` holds megatron's weights, optimizer moments and remembered weights,
+``trainer_state.json`` (``TrainerState`` and the values that a resumed run may not change),
+``random_RANK.json`` (the generators of each rank) and the manifest that seals them. A checkpoint
+is prepared under a hidden name, written out to disk and renamed once; nothing is read from it
+before its seal has been verified (``checkpoint_search``).
 """
 
 import dataclasses
 import json
+import math
 import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from torch.distributed.checkpoint import CheckpointException
 
-from nemo_apo.config import Config, ConfigError
+from nemo_apo.config import Config
 from nemo_apo.core.alpha_schedule import ScheduleState
 from nemo_apo.core.diagnostics import DiagnosticsState
+from nemo_apo.parallel.layout import Layout
+from nemo_apo.parallel.together import RankError, on_first, together
 from nemo_apo.trainer.anchors import ROLES, RememberedWeights
+from nemo_apo.trainer.checkpoint_search import CheckpointError, Verified, free_name, verify
+from nemo_apo.trainer.durable_files import (
+    FileRecord,
+    make_partial,
+    publish,
+    remove_folder,
+    remove_leftovers,
+    settle_file,
+)
+from nemo_apo.trainer.fixed_config import PROMPTS, changes, fingerprint, fixed_values
+from nemo_apo.trainer.optimizer_state import optimizer_entries, take_optimizer
 from nemo_apo.trainer.policy import Policy
+from nemo_apo.trainer.random_state import read_random_state, set_random_state
+from nemo_apo.trainer.retention import METRICS, Kept, prune
+from nemo_apo.trainer.sealed_folder import DamagedFolder, seal
+from nemo_apo.trainer.shard_files import read_shards, write_shards
 
 STATE_FILE = "trainer_state.json"
-_FORMAT = 2
-# Sections that decide what the weights, the schedule's memory and the data stream mean.
-_FIXED_SECTIONS = (
-    "task",
-    "model",
-    "objective",
-    "schedule",
-    "tau",
-    "anchor",
-    "regularizers",
-    "rollout",
-    "optimizer",
-)
+_FORMAT = 3
 
 
-class CheckpointError(ConfigError):
-    """A checkpoint that cannot be resumed from."""
+class SaveFailed(RuntimeError):
+    """A checkpoint could not be written, or an old one not removed; the newest is whole."""
 
 
 @dataclass(frozen=True)
@@ -82,12 +92,183 @@ class TrainerState:
         return cls(**{**state, "schedule": schedule, "diagnostics": diagnostics})
 
 
+def save(
+    root: Path,
+    policy: Policy,
+    remembered: RememberedWeights,
+    state: TrainerState,
+    config: Config,
+    metrics: Mapping[str, float],
+) -> Path:
+    """Write a checkpoint, then remove those that ``run.keep_last`` lets go; collective.
+
+    Args:
+        root: the run's folder of checkpoints.
+        policy, remembered, state: what is saved.
+        config: the run's configuration.
+        metrics: of the step, by the names of ``nemo_apo.record``; ``run.keep_best`` goes by them.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        SaveFailed: on every rank, if one could not write or remove.
+    """
+    run, fixed, layout = config.run, fixed_values(config), policy.layout
+    texts = {_random_file(layout.rank): json.dumps(read_random_state(layout.device))}
+    if layout.rank == 0:
+        content = {
+            "format": _FORMAT,
+            "state": state.state_dict(),
+            "config": fixed,
+            "remembered": _roles(remembered),
+        }
+        texts[STATE_FILE] = json.dumps(content, indent=1)
+    about = {
+        "step": state.step,
+        "config_sha256": fingerprint(fixed),
+        "prompts_sha256": fixed[PROMPTS],
+        "layout": _layout(layout, config),
+        METRICS: {name: value for name, value in metrics.items() if math.isfinite(value)},
+    }
+
+    def prepare() -> Path:
+        remove_leftovers(root)
+        return make_partial(root, f"step_{state.step:06d}")
+
+    entries = _sharded(policy, remembered, is_loading=False)
+    folder = _write(prepare, lambda: free_name(root, state.step), entries, texts, about)
+    kept = Kept(run.keep_last, run.keep_best, run.keep_best_metric)
+    try:
+        on_first(lambda: prune(root, folder, kept))
+    except RankError as error:
+        raise SaveFailed(f"{folder} is saved, but an older one stays ({error})") from error
+    return folder
+
+
+def save_weights(folder: Path, policy: Policy) -> None:
+    """Write the weights alone, to start other runs from (``warm_start.load``); collective.
+
+    Raises:
+        SaveFailed: on every rank, if one could not write.
+    """
+
+    def name() -> Path:
+        if folder.exists():
+            remove_folder(folder)
+        return folder
+
+    entries = {"model": _chunks(policy)}
+    _write(lambda: make_partial(folder.parent, folder.name), name, entries, {}, {})
+
+
+def _write(
+    prepare: Callable[[], Path],
+    name: Callable[[], Path],
+    entries: dict[str, Any],
+    texts: Mapping[str, str],
+    about: Mapping[str, Any],
+) -> Path:
+    """Write, settle and seal a folder, then give it its name; collective.
+
+    Args:
+        prepare: makes the hidden folder, on rank 0.
+        name: gives the folder's name once it is complete, on rank 0.
+        entries: megatron's entries.
+        texts: this rank's other files.
+        about: what the manifest says besides.
+    """
+    partial = None
+    try:
+        partial = on_first(prepare)
+        own = write_shards(partial, entries)
+        records = together(lambda: _settle(partial, own, texts))
+        files = {name: record for of_rank in records for name, record in of_rank.items()}
+
+        def finish() -> Path:
+            seal(partial, files, about)
+            folder = name()
+            publish(partial, folder)
+            return folder
+
+        return on_first(finish)
+    except RankError as error:
+        if partial is not None and dist.get_rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise SaveFailed(
+            f"no checkpoint could be written ({error}); earlier ones are untouched"
+        ) from error
+
+
+def _settle(folder: Path, own: list[str], texts: Mapping[str, str]) -> dict[str, FileRecord]:
+    """Write this rank's texts, then see all that it wrote onto the disk."""
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+    return {name: settle_file(folder / name) for name in [*own, *texts]}
+
+
+def load(
+    found: Verified, policy: Policy, remembered: RememberedWeights, config: Config
+) -> TrainerState:
+    """Restore weights, optimizer, remembered weights, generators and state; collective.
+
+    Raises:
+        CheckpointError: if the checkpoint belongs to another configuration or format.
+    """
+    folder = found.folder
+    content = json.loads((folder / STATE_FILE).read_text())
+    if content["format"] != _FORMAT:
+        raise CheckpointError(f"{folder} has format {content['format']}, expected {_FORMAT}")
+    _check_config(folder, content["config"], config)
+    _check_layout(folder, found.manifest.about["layout"], config)
+    if content["remembered"] != _roles(remembered):
+        raise CheckpointError(
+            f"cannot resume from {folder}: it remembers the weights of {content['remembered']}, "
+            f"this configuration needs {_roles(remembered)} (update.monitor_reference_kl, "
+            "regularizers.kl_coef, anchor.name)"
+        )
+    loaded = _read(folder, _sharded(policy, remembered, is_loading=True))
+    _take(policy, loaded["model"])
+    take_optimizer(policy.optimizer, loaded["optimizer"])
+    for role in ROLES:
+        weights = getattr(remembered, role)
+        if weights is not None:
+            with policy.holding(weights):
+                _take(policy, loaded[role], f"{role}.")
+    if found.manifest.about["layout"] == _layout(policy.layout, config):
+        text = (folder / _random_file(policy.layout.rank)).read_text()
+        set_random_state(json.loads(text), policy.layout.device)
+    return TrainerState.from_state_dict(content["state"])
+
+
+def load_weights(folder: Path, policy: Policy) -> None:
+    """Take the weights of a checkpoint, whole or weights alone; collective.
+
+    Raises:
+        CheckpointError: if the folder is not a checkpoint, or a damaged one.
+    """
+    try:
+        verify(folder)
+    except DamagedFolder as fault:
+        raise CheckpointError(
+            f"warm_start.load={folder}: not a checkpoint folder, or a damaged one: {fault}"
+        ) from None
+    _take(policy, _read(folder, {"model": _chunks(policy)})["model"])
+
+
+def _read(folder: Path, entries: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return read_shards(folder, entries)
+    except (RankError, UnpicklingError, CheckpointException) as error:
+        raise CheckpointError(f"cannot read {folder}: {error}") from error
+
+
 def _sharded(policy: Policy, remembered: RememberedWeights, is_loading: bool) -> dict[str, Any]:
     """What megatron saves or loads: weights, optimizer and remembered weights of this rank."""
     model = _chunks(policy)
     state: dict[str, Any] = {
         "model": model,
-        "optimizer": policy.optimizer.sharded_state_dict(model, is_loading=is_loading),
+        "optimizer": optimizer_entries(policy.optimizer, model, is_loading),
     }
     for role in ROLES:
         weights = getattr(remembered, role)
@@ -127,100 +308,40 @@ def _as_held(state: dict[str, Any]) -> dict[str, Any]:
     return state
 
 
-def save(
-    root: Path, policy: Policy, remembered: RememberedWeights, state: TrainerState, config: Config
-) -> Path:
-    """Write a checkpoint; collective. Returns its folder."""
-    folder = root / f"step_{state.step:06d}"
-    partial = root / f".partial_{folder.name}"
-    is_first = dist.get_rank() == 0
-    if is_first:
-        for old in (partial, folder):
-            shutil.rmtree(old, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    dist_checkpointing.save(_sharded(policy, remembered, is_loading=False), str(partial))
-    dist.barrier()
-    if is_first:
-        content = {
-            "format": _FORMAT,
-            "state": state.state_dict(),
-            "config": _fixed_config(config),
-            "remembered": _roles(remembered),
-        }
-        (partial / STATE_FILE).write_text(json.dumps(content, indent=1))
-        partial.rename(folder)
-    dist.barrier()
-    return folder
-
-
-def save_weights(folder: Path, policy: Policy) -> None:
-    """Write the weights alone, to start other runs from (``warm_start.load``); collective."""
-    if dist.get_rank() == 0:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-    dist.barrier()
-    dist_checkpointing.save({"model": _chunks(policy)}, str(folder))
-
-
-def load_weights(folder: Path, policy: Policy) -> None:
-    """Take the weights of a checkpoint, whole or weights alone; collective.
-
-    Raises:
-        CheckpointError: if the folder is not a checkpoint.
-    """
-    if not dist_checkpointing.check_is_distributed_checkpoint(str(folder)):
-        raise CheckpointError(f"warm_start.load={folder}: not a checkpoint folder")
-    _take(policy, dist_checkpointing.load({"model": _chunks(policy)}, str(folder))["model"])
-
-
-def latest(root: Path) -> Path | None:
-    """The newest complete checkpoint under a folder, or None."""
-    complete = sorted(path.parent for path in root.glob(f"step_*/{STATE_FILE}"))
-    return complete[-1] if complete else None
-
-
-def load(
-    folder: Path, policy: Policy, remembered: RememberedWeights, config: Config
-) -> TrainerState:
-    """Restore weights, optimizer, remembered weights and state; collective.
-
-    Raises:
-        CheckpointError: if the checkpoint belongs to another configuration or format.
-    """
-    content = json.loads((folder / STATE_FILE).read_text())
-    if content["format"] != _FORMAT:
-        raise CheckpointError(f"{folder} has format {content['format']}, expected {_FORMAT}")
-    _check_config(folder, content["config"], _fixed_config(config))
-    if content["remembered"] != _roles(remembered):
-        raise CheckpointError(
-            f"cannot resume from {folder}: it remembers the weights of {content['remembered']}, "
-            f"this configuration needs {_roles(remembered)} (update.monitor_reference_kl, "
-            "regularizers.kl_coef)"
-        )
-    loaded = dist_checkpointing.load(_sharded(policy, remembered, is_loading=True), str(folder))
-    _take(policy, loaded["model"])
-    policy.optimizer.load_state_dict(loaded["optimizer"])
-    for role in ROLES:
-        weights = getattr(remembered, role)
-        if weights is not None:
-            with policy.holding(weights):
-                _take(policy, loaded[role], f"{role}.")
-    return TrainerState.from_state_dict(content["state"])
-
-
 def _roles(remembered: RememberedWeights) -> list[str]:
     return [role for role in ROLES if getattr(remembered, role) is not None]
 
 
-def _fixed_config(config: Config) -> dict[str, Any]:
-    fixed = {name: dataclasses.asdict(getattr(config, name)) for name in _FIXED_SECTIONS}
-    return {**fixed, "run.seed": config.run.seed}
+def _random_file(rank: int) -> str:
+    return f"random_{rank:05d}.json"
 
 
-def _check_config(folder: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
-    for key, now in wanted.items():
-        if saved[key] != now:
-            raise CheckpointError(
-                f"cannot resume from {folder}: {key} was {saved[key]} and is now {now}"
-            )
+def _layout(layout: Layout, config: Config) -> dict[str, Any]:
+    """Where the ranks stand; the sizes that a checkpoint may be read with are free."""
+    return {
+        "tensor": layout.tensor_size,
+        "pipeline": layout.pipeline_size,
+        "virtual": layout.virtual_size,
+        "context": layout.context_size,
+        "data": layout.data_size,
+        "distributed_optimizer": config.parallel.distributed_optimizer,
+    }
+
+
+def _check_config(folder: Path, saved: dict[str, Any], config: Config) -> None:
+    changed = changes(saved, fixed_values(config), config.run.allow_changed)
+    if changed:
+        raise CheckpointError(
+            f"cannot resume from {folder}: {'; '.join(changed)} (run.allow_changed names sections "
+            "that may change)"
+        )
+
+
+def _check_layout(folder: Path, saved: dict[str, Any], config: Config) -> None:
+    key = "distributed_optimizer"
+    was, now = saved[key], config.parallel.distributed_optimizer
+    if was != now:
+        raise CheckpointError(
+            f"cannot resume from {folder}: parallel.{key} was {str(was).lower()} and is now "
+            f"{str(now).lower()}, and megatron saves the two kinds of state in different forms"
+        )

@@ -29,7 +29,9 @@ from nemo_apo.parallel.layout import Layout
 from nemo_apo.step_metrics import step_figures
 from nemo_apo.trainer import checkpoint
 from nemo_apo.trainer.anchors import RememberedWeights
-from nemo_apo.trainer.checkpoint import TrainerState
+from nemo_apo.trainer.checkpoint import SaveFailed, TrainerState
+from nemo_apo.trainer.checkpoint_search import checkpoint_folders, newest_verified, set_aside
+from nemo_apo.trainer.durable_files import make_folders, replace_text
 from nemo_apo.trainer.evaluation import Evaluation, evaluate
 from nemo_apo.trainer.metrics import MetricsLog
 from nemo_apo.trainer.policy import Policy
@@ -81,7 +83,8 @@ def run(config: Config) -> None:
         ConfigError: if the folder holds a run and ``run.if_exists`` is "error", or "resume" and
             its checkpoint is missing or belongs to another configuration; or if the weights to
             start from are not there. Nothing is changed then.
-        TrainingStopped: after too many skipped optimizer steps in a row.
+        TrainingStopped: after too many skipped optimizer steps in a row, or if a checkpoint
+            cannot be written.
     """
     folder = Path(config.run.root) / config.run.name
     set_threads(config.run)
@@ -134,19 +137,20 @@ class _Run:
 
     def train(self) -> None:
         """Warm start or resume, then RL to the end."""
-        found = checkpoint.latest(self.folder / record.CHECKPOINT_DIR)
-        resuming = self.config.run.if_exists == "resume" and found is not None
-        if not resuming:
+        resuming = self.config.run.if_exists == "resume"
+        found = newest_verified(self.folder / record.CHECKPOINT_DIR) if resuming else None
+        if found is None:
             warm_start_s = self._warm_start()
         remembered = RememberedWeights.at_start(
             self.policy, self.config.anchor, self._needs_reference()
         )
-        if resuming:
-            assert found is not None
-            state = checkpoint.load(found, self.policy, remembered, self.config)
+        if found is not None:
+            state = checkpoint.load(found.newest, self.policy, remembered, self.config)
+            for line in set_aside(found.damaged):
+                self.view.note(line)
             self._write_config()
             self._spent_before = state.wall_s
-            self.view.note(f"resumed from {found} at step {state.step}")
+            self.view.note(f"resumed from {found.newest.folder} at step {state.step}")
         else:
             state = TrainerState(
                 step=0,
@@ -156,7 +160,7 @@ class _Run:
             )
         log = None
         if self._first:
-            log = MetricsLog(self.folder, self.config, state.step if resuming else -1)
+            log = MetricsLog(self.folder, self.config, -1 if found is None else state.step)
         try:
             state = self._steps(state, remembered, log)
         finally:
@@ -175,7 +179,7 @@ class _Run:
 
     def _write_config(self) -> None:
         if self._first:
-            (self.folder / record.CONFIG_FILE).write_text(to_yaml(self.config))
+            replace_text(self.folder / record.CONFIG_FILE, to_yaml(self.config))
 
     def _warm_start(self) -> float:
         start = time.perf_counter()
@@ -214,7 +218,7 @@ class _Run:
             self._publish(log, state.step, metrics, findings)
             self._stop_if_stuck(state)
             if self._saves_at(state.step):
-                self._save(state, remembered)
+                self._save(state, remembered, metrics)
         return state
 
     def _advance(
@@ -262,10 +266,15 @@ class _Run:
         due = run.save_every > 0 and (step % run.save_every == 0 or step == run.steps)
         return due or step == run.stop_after
 
-    def _save(self, state: TrainerState, remembered: RememberedWeights) -> None:
+    def _save(
+        self, state: TrainerState, remembered: RememberedWeights, metrics: dict[str, float]
+    ) -> None:
         state = replace(state, wall_s=self.wall_s)
         root = self.folder / record.CHECKPOINT_DIR
-        path = checkpoint.save(root, self.policy, remembered, state, self.config)
+        try:
+            path = checkpoint.save(root, self.policy, remembered, state, self.config, metrics)
+        except SaveFailed as error:
+            raise TrainingStopped(str(error)) from error
         self.view.note(f"saved {path}")
 
     def _summarize(self, state: TrainerState) -> None:
@@ -304,7 +313,7 @@ def _check_folder(folder: Path, if_exists: str) -> None:
             f"run.name={folder.name}: {folder} already holds a run; choose another run.name, or "
             "run.if_exists=overwrite or run.if_exists=resume"
         )
-    no_checkpoint = checkpoint.latest(folder / record.CHECKPOINT_DIR) is None
+    no_checkpoint = not checkpoint_folders(folder / record.CHECKPOINT_DIR)
     if if_exists == "resume" and (folder / record.METRICS_FILE).exists() and no_checkpoint:
         raise ConfigError(
             f"run.if_exists=resume: {folder} holds a run but no checkpoint of it (run.save_every); "
@@ -330,10 +339,10 @@ def _prepare_folder(folder: Path, config: Config, layout: Layout) -> None:
         try:
             if config.run.if_exists == "overwrite":
                 _remove_run(folder)
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folders(folder)
             # A resumed run replaces its configuration once the checkpoint has accepted the new one.
             if not (folder / record.METRICS_FILE).exists():
-                (folder / record.CONFIG_FILE).write_text(to_yaml(config))
+                replace_text(folder / record.CONFIG_FILE, to_yaml(config))
         except OSError as raised:
             error = raised
     if not all_true(error is None, layout.device):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from nemo_apo import record
 from nemo_apo.compose import to_yaml
 from nemo_apo.config import Config
 from nemo_apo.core.diagnostics import Finding
+from nemo_apo.trainer.durable_files import replace_text, sync_folder
 
 
 class MetricsLog:
@@ -39,8 +41,14 @@ class MetricsLog:
         line: dict[str, Any] = {record.STEP: step}
         line |= {name: _json_number(value) for name, value in metrics.items()}
         line[record.FINDINGS] = [asdict(finding) for finding in findings]
+        is_new = not self._path.exists()
         with self._path.open("a") as file:
             file.write(json.dumps(line) + "\n")
+            file.flush()
+            # A checkpoint that survives a power cut must not outlive the lines before it.
+            os.fsync(file.fileno())
+        if is_new:
+            sync_folder(self._path.parent)
         if self._tensorboard is not None:
             for name, value in metrics.items():
                 self._tensorboard.add_scalar(name, value, step)
@@ -71,7 +79,7 @@ def _cut_after(path: Path, step: int) -> None:
                 kept.append(line + "\n")
         except json.JSONDecodeError:
             break
-    path.write_text("".join(kept))
+    replace_text(path, "".join(kept))
 
 
 def _start_wandb(folder: Path, config: Config) -> Any:

@@ -8,7 +8,6 @@ is not repeated, so an interrupted study goes on where it stopped.
 import hashlib
 import json
 import multiprocessing
-import shutil
 import statistics
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -196,9 +195,7 @@ def _make_warm_start(config: Config) -> str:
     layout = parallel_layout.initialize(config.parallel, config.run.seed)
     policy = build_policy(config, layout)
     run_warm_start(policy, config, config.task, lambda done, loss: None)
-    partial = folder.with_name(f".partial_{folder.name}")
-    checkpoint.save_weights(partial, policy)
-    shutil.move(partial, folder)
+    checkpoint.save_weights(folder, policy)
     parallel_layout.shut_down()
     return str(folder)
 

@@ -9,6 +9,7 @@ from nemo_apo.config import Config
 from nemo_apo.parallel.layout import Layout
 from nemo_apo.record import Summary
 from nemo_apo.trainer.checkpoint import TrainerState
+from nemo_apo.trainer.durable_files import replace_text
 
 
 def summarize(
@@ -65,7 +66,7 @@ def summarize(
 def write_summary(folder: Path, summary: Summary) -> None:
     """Write ``summary.json``."""
     text = json.dumps(asdict(summary), indent=1) + "\n"
-    (folder / record.SUMMARY_FILE).write_text(text)
+    replace_text(folder / record.SUMMARY_FILE, text)
 
 
 def _lines(folder: Path) -> list[dict]:

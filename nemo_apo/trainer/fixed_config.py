@@ -1,0 +1,62 @@
+"""What a resumed run may not change: all that decides what weights, memory and data mean."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Collection, Mapping
+from random import Random
+from typing import Any
+
+from nemo_apo.config import ALLOWED_CHANGES, Config
+from nemo_apo.tasks import Task
+
+VOCABULARY, PROMPTS, SEED = "task.vocab_size", "task.prompts_sha256", "run.seed"
+# The weights themselves depend on these.
+_NEVER = ("model.", VOCABULARY, SEED)
+_FINGERPRINT_PROMPTS = 64
+
+
+def fixed_values(config: Config) -> dict[str, Any]:
+    """Every value that a checkpoint is tied to, by dotted key; plain JSON."""
+    values = {
+        f"{section}.{key}": value
+        for section in ("model", *ALLOWED_CHANGES)
+        for key, value in dataclasses.asdict(getattr(config, section)).items()
+    }
+    task = config.task
+    values |= {
+        VOCABULARY: task.vocab_size,
+        PROMPTS: prompts_fingerprint(task),
+        SEED: config.run.seed,
+    }
+    # As they come back from a file: a tuple as a list.
+    return json.loads(json.dumps(values))
+
+
+def fingerprint(values: Mapping[str, Any]) -> str:
+    """SHA-256 of values, in hex."""
+    text = json.dumps(values, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def prompts_fingerprint(task: Task) -> str:
+    """SHA-256 of some of the task's prompts: other data behind the same settings shows in it."""
+    prompts = task.train_prompts(_FINGERPRINT_PROMPTS, Random("fingerprint"))
+    return fingerprint({"prompts": [[prompt.text, list(prompt.tokens)] for prompt in prompts]})
+
+
+def changes(
+    saved: Mapping[str, Any], wanted: Mapping[str, Any], allowed: Collection[str]
+) -> list[str]:
+    """Changed values that are not allowed, each as "key was X and is now Y"."""
+    keys = [*saved, *(key for key in wanted if key not in saved)]
+    return [
+        f"{key} was {_shown(saved, key)} and is now {_shown(wanted, key)}"
+        for key in keys
+        if saved.get(key, None) != wanted.get(key, None)
+        and (key.startswith(_NEVER) or key.split(".")[0] not in allowed)
+    ]
+
+
+def _shown(values: Mapping[str, Any], key: str) -> str:
+    return json.dumps(values[key]) if key in values else "not set"

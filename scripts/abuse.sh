@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Set up .venv, then run the tests of abuse in their long form: hundreds of kills, damaged files and
+# full disks. Takes about half an hour; docs/reliability.md holds the figures.
+#
+#   scripts/abuse.sh [pytest arguments]     such as tests/abuse/test_damage.py
+set -euo pipefail
+
+# shellcheck source=scripts/setup_venv.sh
+source "$(dirname "${BASH_SOURCE[0]}")/setup_venv.sh"
+
+setup_venv test
+cd "$ROOT"
+(($# > 0)) || set -- tests/abuse
+NEMO_APO_ABUSE=long exec "$VENV/bin/python" -m pytest -s "$@"
