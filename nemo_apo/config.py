@@ -7,6 +7,7 @@ or file is made. Defaults stand here and, commented, in ``conf/``; a test holds 
 """
 
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,6 +45,23 @@ ALLOWED_CHANGES = (
 BEST_METRICS = ("eval/accuracy", "eval/reward", "eval/pass_at_k", "reward/mean")
 
 
+_MAX_TIME = re.compile(r"(?:(\d+):)?(\d{1,2}):([0-5]\d):([0-5]\d)")
+
+
+def seconds_of_time(text: str) -> float:
+    """Seconds of "[days:]hours:minutes:seconds", as NeMo writes a time.
+
+    Raises:
+        ValueError: for anything else, and for no time at all.
+    """
+    match = _MAX_TIME.fullmatch(text)
+    days, hours, minutes, seconds = map(int, match.groups(default="0") if match else "0000")
+    total = ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+    if total == 0:
+        raise ValueError("must be '[days:]hours:minutes:seconds' in quotes, such as '03:45:00'")
+    return float(total)
+
+
 def require(holds: bool, key: str, value: object, rule: str) -> None:
     """Raise ``ConfigError`` unless the rule holds for the value of the key."""
     if not holds:
@@ -68,6 +86,8 @@ class RunConfig:
         keep_best_metric: one of ``BEST_METRICS``.
         allow_changed: sections whose values may differ from those of the checkpoint that is
             resumed; any other change of a section that a checkpoint is tied to is refused.
+        max_time: "[days:]hours:minutes:seconds" from the start, after which the run stops early
+            and saves, to be resumed later; null is no limit.
         stop_after: stop (and save) after this RL step, to be resumed later; null runs to the end.
         threads: CPU threads per rank; null shares the machine's cores among its ranks (the tiny
             model is fastest on one).
@@ -89,6 +109,7 @@ class RunConfig:
     keep_best: int = 0
     keep_best_metric: str = "eval/accuracy"
     allow_changed: list[str] = field(default_factory=list)
+    max_time: str | None = None
     stop_after: int | None = None
     threads: int | None = 1
     console: str = "auto"
@@ -380,6 +401,11 @@ def _check_run(run: RunConfig) -> None:
     if run.stop_after is not None:
         rule = f"must lie in 1..run.steps={run.steps}"
         require(1 <= run.stop_after <= run.steps, "run.stop_after", run.stop_after, rule)
+    if run.max_time is not None:
+        try:
+            seconds_of_time(run.max_time)
+        except ValueError as error:
+            raise ConfigError(f"run.max_time={run.max_time}: {error}") from None
 
 
 def _check_model(model: ModelConfig) -> None:

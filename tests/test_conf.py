@@ -9,7 +9,14 @@ import yaml
 
 from nemo_apo.compose import compose, conf_dir, group_options, to_yaml
 from nemo_apo.compose.schema import all_keys, nearest
-from nemo_apo.config import TAGGED_SECTIONS, Config, ConfigError, unread_sections, validate
+from nemo_apo.config import (
+    TAGGED_SECTIONS,
+    Config,
+    ConfigError,
+    seconds_of_time,
+    unread_sections,
+    validate,
+)
 from nemo_apo.core.anchoring import ANCHORS
 from nemo_apo.core.objectives import OBJECTIVES
 
@@ -531,3 +538,17 @@ class TestConfigDir:
 
 def test_some_objective_reads_everything() -> None:
     assert READS_ALL == ["apo"]
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("00:00:01", 1), ("1:30:00", 5400), ("03:45:10", 13510), ("02:00:00:00", 172800)],
+)
+def test_times_as_nemo_writes_them(text: str, seconds: float) -> None:
+    assert seconds_of_time(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "90", "1:30", "00:00:00", "1:60:00", "1:00:60", "-1:00:00"])
+def test_other_times_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"must be '\[days:\]hours:minutes:seconds' in quotes"):
+        seconds_of_time(text)

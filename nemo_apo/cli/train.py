@@ -27,7 +27,8 @@ def main(arguments: argparse.Namespace) -> None:
 
     Raises:
         ConfigError: for a configuration that cannot be run, before any process group or file.
-        SystemExit: with status 1 if training cannot go on.
+        SystemExit: with status 1 if training cannot go on, with ``EXIT_STOPPED_EARLY`` after a
+            signal or ``run.max_time``.
     """
     config = composed(arguments)
     ranks = world_size()
@@ -39,10 +40,16 @@ def main(arguments: argparse.Namespace) -> None:
         return
     _ignore_fallback_warnings()
     _require_packages(config.run)
-    from nemo_apo.trainer.loop import TrainingStopped, run
+    from nemo_apo.trainer.interruption import EXIT_STOPPED_EARLY, StoppedEarly
+    from nemo_apo.trainer.loop import run
+    from nemo_apo.trainer.run_folder import TrainingStopped
 
     try:
         run(config)
+    except StoppedEarly as stopped:
+        if first:
+            print(f"nemo-apo: stopped early: {stopped}; run.if_exists=resume goes on", flush=True)
+        raise SystemExit(EXIT_STOPPED_EARLY) from None
     except TrainingStopped as stopped:
         raise SystemExit(f"nemo-apo: {stopped}" if first else 1) from None
 

@@ -2,7 +2,8 @@
 
 ``checkpoints/step_000040/`` holds megatron's weights, optimizer moments and remembered weights,
 ``trainer_state.json`` (``TrainerState`` and the values that a resumed run may not change),
-``random_RANK.json`` (the generators of each rank) and the manifest that seals them. A checkpoint
+``random_RANK.json`` (the generators of each rank), ``rollout.safetensors`` where the run was
+stopped between two optimizer steps of a rollout, and the manifest that seals them. A checkpoint
 is prepared under a hidden name, written out to disk and renamed once; nothing is read from it
 before its seal has been verified (``checkpoint_search``).
 """
@@ -17,6 +18,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
+import safetensors.torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch.distributed.checkpoint import CheckpointException
@@ -38,6 +40,7 @@ from nemo_apo.trainer.durable_files import (
 )
 from nemo_apo.trainer.fixed_config import PROMPTS, changes, fingerprint, fixed_values
 from nemo_apo.trainer.optimizer_state import optimizer_entries, take_optimizer
+from nemo_apo.trainer.pending import StoredRollout
 from nemo_apo.trainer.policy import Policy
 from nemo_apo.trainer.random_state import read_random_state, set_random_state
 from nemo_apo.trainer.retention import METRICS, Kept, prune
@@ -45,7 +48,10 @@ from nemo_apo.trainer.sealed_folder import DamagedFolder, seal
 from nemo_apo.trainer.shard_files import read_shards, write_shards
 
 STATE_FILE = "trainer_state.json"
-_FORMAT = 3
+ROLLOUT_FILE = "rollout.safetensors"
+_FORMAT = 4
+# Keys of the state file where there is a rollout.
+_ROLLOUT, _UPDATE = "rollout", "update"
 
 
 class SaveFailed(RuntimeError):
@@ -99,6 +105,7 @@ def save(
     state: TrainerState,
     config: Config,
     metrics: Mapping[str, float],
+    rollout: StoredRollout | None = None,
 ) -> Path:
     """Write a checkpoint, then remove those that ``run.keep_last`` lets go; collective.
 
@@ -107,6 +114,7 @@ def save(
         policy, remembered, state: what is saved.
         config: the run's configuration.
         metrics: of the step, by the names of ``nemo_apo.record``; ``run.keep_best`` goes by them.
+        rollout: the one that is under training, if the next RL step has begun.
 
     Returns:
         The checkpoint's folder.
@@ -115,7 +123,7 @@ def save(
         SaveFailed: on every rank, if one could not write or remove.
     """
     run, fixed, layout = config.run, fixed_values(config), policy.layout
-    texts = {_random_file(layout.rank): json.dumps(read_random_state(layout.device))}
+    own = {_random_file(layout.rank): _json(read_random_state(layout.device))}
     if layout.rank == 0:
         content = {
             "format": _FORMAT,
@@ -123,7 +131,10 @@ def save(
             "config": fixed,
             "remembered": _roles(remembered),
         }
-        texts[STATE_FILE] = json.dumps(content, indent=1)
+        if rollout is not None:
+            content |= {_ROLLOUT: rollout.numbers, _UPDATE: _split(config)}
+            own[ROLLOUT_FILE] = safetensors.torch.save(dict(rollout.tensors))
+        own[STATE_FILE] = _json(content)
     about = {
         "step": state.step,
         "config_sha256": fingerprint(fixed),
@@ -137,7 +148,7 @@ def save(
         return make_partial(root, f"step_{state.step:06d}")
 
     entries = _sharded(policy, remembered, is_loading=False)
-    folder = _write(prepare, lambda: free_name(root, state.step), entries, texts, about)
+    folder = _write(prepare, lambda: free_name(root, state.step), entries, own, about)
     kept = Kept(run.keep_last, run.keep_best, run.keep_best_metric)
     try:
         on_first(lambda: prune(root, folder, kept))
@@ -166,7 +177,7 @@ def _write(
     prepare: Callable[[], Path],
     name: Callable[[], Path],
     entries: dict[str, Any],
-    texts: Mapping[str, str],
+    contents: Mapping[str, bytes],
     about: Mapping[str, Any],
 ) -> Path:
     """Write, settle and seal a folder, then give it its name; collective.
@@ -175,14 +186,14 @@ def _write(
         prepare: makes the hidden folder, on rank 0.
         name: gives the folder's name once it is complete, on rank 0.
         entries: megatron's entries.
-        texts: this rank's other files.
+        contents: this rank's other files.
         about: what the manifest says besides.
     """
     partial = None
     try:
         partial = on_first(prepare)
         own = write_shards(partial, entries)
-        records = together(lambda: _settle(partial, own, texts))
+        records = together(lambda: _settle(partial, own, contents))
         files = {name: record for of_rank in records for name, record in of_rank.items()}
 
         def finish() -> Path:
@@ -200,17 +211,24 @@ def _write(
         ) from error
 
 
-def _settle(folder: Path, own: list[str], texts: Mapping[str, str]) -> dict[str, FileRecord]:
-    """Write this rank's texts, then see all that it wrote onto the disk."""
-    for name, text in texts.items():
-        (folder / name).write_text(text)
-    return {name: settle_file(folder / name) for name in [*own, *texts]}
+def _settle(folder: Path, own: list[str], contents: Mapping[str, bytes]) -> dict[str, FileRecord]:
+    """Write this rank's other files, then see all that it wrote onto the disk."""
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+    return {name: settle_file(folder / name) for name in [*own, *contents]}
+
+
+def _json(content: Any) -> bytes:
+    return json.dumps(content, indent=1).encode()
 
 
 def load(
     found: Verified, policy: Policy, remembered: RememberedWeights, config: Config
-) -> TrainerState:
-    """Restore weights, optimizer, remembered weights, generators and state; collective.
+) -> tuple[TrainerState, StoredRollout | None]:
+    """Restore weights, optimizer, remembered weights and generators; collective.
+
+    Returns:
+        The state, and the rollout of the next RL step if the run was stopped in it.
 
     Raises:
         CheckpointError: if the checkpoint belongs to another configuration or format.
@@ -238,7 +256,26 @@ def load(
     if found.manifest.about["layout"] == _layout(policy.layout, config):
         text = (folder / _random_file(policy.layout.rank)).read_text()
         set_random_state(json.loads(text), policy.layout.device)
-    return TrainerState.from_state_dict(content["state"])
+    return TrainerState.from_state_dict(content["state"]), _rollout(folder, content, config)
+
+
+def _rollout(folder: Path, content: dict[str, Any], config: Config) -> StoredRollout | None:
+    """The rollout that the run was stopped in."""
+    if _ROLLOUT not in content:
+        return None
+    was, now = content[_UPDATE], _split(config)
+    if was != now:
+        raise CheckpointError(
+            f"cannot resume from {folder}: it was saved between the optimizer steps of a rollout "
+            f"with {was}, and there is now {now}"
+        )
+    return StoredRollout(safetensors.torch.load_file(folder / ROLLOUT_FILE), content[_ROLLOUT])
+
+
+def _split(config: Config) -> dict[str, int]:
+    """How a rollout is cut into optimizer steps."""
+    update = config.update
+    return {"update.mini_batches": update.mini_batches, "update.epochs": update.epochs}
 
 
 def load_weights(folder: Path, policy: Policy) -> None:

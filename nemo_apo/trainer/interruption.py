@@ -7,7 +7,6 @@ whole.
 """
 
 import os
-import re
 import signal
 import time
 from collections.abc import Callable
@@ -25,7 +24,6 @@ SAME_SIGNAL_S = 5.0
 EXIT_STOPPED_EARLY = 75
 _SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 _REASONS = ("", "run.max_time is reached", "signal USR1", "signal TERM")
-_MAX_TIME = re.compile(r"(?:(\d+):)?(\d{1,2}):(\d{2}):(\d{2})")
 
 
 class StopCheck(Protocol):
@@ -52,22 +50,6 @@ def check_stop(check: StopCheck) -> None:
     reason = check.requested()
     if reason is not None:
         raise StoppedEarly(reason)
-
-
-def parse_max_time(text: str) -> float:
-    """Seconds of "[days:]hours:minutes:seconds", as NeMo writes them.
-
-    Raises:
-        ValueError: for anything else, and for no time at all.
-    """
-    match = _MAX_TIME.fullmatch(text)
-    days, hours, minutes, seconds = (
-        (int(part or 0) for part in match.groups()) if match else [0] * 4
-    )
-    total = ((days * 24 + hours) * 60 + minutes) * 60 + seconds
-    if total == 0 or minutes >= 60 or seconds >= 60:
-        raise ValueError("must be [days:]hours:minutes:seconds, such as 03:45:00")
-    return float(total)
 
 
 class Interruption:

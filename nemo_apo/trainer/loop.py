@@ -8,7 +8,6 @@ import importlib.metadata
 import os
 import platform
 import resource
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
@@ -20,33 +19,32 @@ import torch.distributed as dist
 
 from nemo_apo import __version__, record
 from nemo_apo.compose import to_yaml
-from nemo_apo.config import Config, ConfigError, RunConfig, require
+from nemo_apo.config import Config, RunConfig, seconds_of_time
 from nemo_apo.core.alpha_schedule import ScheduleState
 from nemo_apo.core.diagnostics import DiagnosticsState, Finding, observe
 from nemo_apo.parallel import layout as parallel_layout
-from nemo_apo.parallel.gather import all_gather_objects, all_true
+from nemo_apo.parallel.gather import all_gather_objects
 from nemo_apo.parallel.layout import Layout
 from nemo_apo.step_metrics import step_figures
 from nemo_apo.trainer import checkpoint
 from nemo_apo.trainer.anchors import RememberedWeights
 from nemo_apo.trainer.checkpoint import SaveFailed, TrainerState
-from nemo_apo.trainer.checkpoint_search import checkpoint_folders, newest_verified, set_aside
-from nemo_apo.trainer.durable_files import make_folders, replace_text
+from nemo_apo.trainer.checkpoint_search import newest_verified, set_aside
+from nemo_apo.trainer.durable_files import replace_text
 from nemo_apo.trainer.evaluation import Evaluation, evaluate
+from nemo_apo.trainer.interruption import Interruption, StopCheck, StoppedEarly, check_stop
 from nemo_apo.trainer.metrics import MetricsLog
+from nemo_apo.trainer.pending import StoredRollout
 from nemo_apo.trainer.policy import Policy
-from nemo_apo.trainer.rl_step import RLStep, StepOutcome
+from nemo_apo.trainer.rl_step import RLStep, StepOutcome, StoppedInRollout
+from nemo_apo.trainer.run_folder import (
+    TrainingStopped,
+    check_folder,
+    check_weights,
+    prepare_folder,
+)
 from nemo_apo.trainer.summary import summarize, write_summary
 from nemo_apo.trainer.warm_start import run_warm_start
-
-_FILES = (
-    record.CONFIG_FILE,
-    record.METRICS_FILE,
-    record.SUMMARY_FILE,
-    record.REPORT_HTML,
-    record.REPORT_PNG,
-)
-_FOLDERS = (record.TENSORBOARD_DIR, record.CHECKPOINT_DIR)
 
 
 class View(Protocol):
@@ -72,10 +70,6 @@ class SilentView:
         pass
 
 
-class TrainingStopped(RuntimeError):
-    """Training cannot go on; the message says why."""
-
-
 def run(config: Config) -> None:
     """Train by the configuration; on return the run's folder is complete.
 
@@ -83,18 +77,21 @@ def run(config: Config) -> None:
         ConfigError: if the folder holds a run and ``run.if_exists`` is "error", or "resume" and
             its checkpoint is missing or belongs to another configuration; or if the weights to
             start from are not there. Nothing is changed then.
-        TrainingStopped: after too many skipped optimizer steps in a row, or if a checkpoint
-            cannot be written.
+        TrainingStopped: after too many skipped optimizer steps in a row, if sampler and trainer
+            disagree beyond ``update.max_sampler_mismatch``, or if a checkpoint cannot be written.
+        StoppedEarly: on all ranks, after a signal or ``run.max_time``; what was done is saved.
     """
     folder = Path(config.run.root) / config.run.name
     set_threads(config.run)
-    _check_folder(folder, config.run.if_exists)
-    _check_weights(folder, config)
+    check_folder(folder, config.run.if_exists)
+    check_weights(folder, config)
     layout = parallel_layout.initialize(config.parallel, config.run.seed)
     try:
-        _prepare_folder(folder, config, layout)
-        with _view(config, layout) as view:
-            _Run(config, layout, folder, view).train()
+        prepare_folder(folder, config, layout)
+        limit = config.run.max_time
+        max_time_s = None if limit is None else seconds_of_time(limit)
+        with Interruption(layout.device, max_time_s) as stop, _view(config, layout) as view:
+            _Run(config, layout, folder, view, stop).train()
         dist.barrier()
         if layout.rank == 0 and config.run.report:
             from nemo_apo.report import write_report
@@ -120,8 +117,11 @@ def build_policy(config: Config, layout: Layout) -> Policy:
 
 
 class _Run:
-    def __init__(self, config: Config, layout: Layout, folder: Path, view: View) -> None:
+    def __init__(
+        self, config: Config, layout: Layout, folder: Path, view: View, stop: StopCheck
+    ) -> None:
         self.config = config
+        self.stop = stop
         self.layout = layout
         self.folder = folder
         self.view = view
@@ -129,6 +129,8 @@ class _Run:
         self.policy = build_policy(config, layout)
         self._started = time.perf_counter()
         self._spent_before = 0.0
+        # The RL step that the newest checkpoint is of.
+        self._saved_step = -1
 
     @property
     def wall_s(self) -> float:
@@ -144,12 +146,13 @@ class _Run:
         remembered = RememberedWeights.at_start(
             self.policy, self.config.anchor, self._needs_reference()
         )
+        rollout = None
         if found is not None:
-            state = checkpoint.load(found.newest, self.policy, remembered, self.config)
+            state, rollout = checkpoint.load(found.newest, self.policy, remembered, self.config)
             for line in set_aside(found.damaged):
                 self.view.note(line)
             self._write_config()
-            self._spent_before = state.wall_s
+            self._spent_before, self._saved_step = state.wall_s, state.step
             self.view.note(f"resumed from {found.newest.folder} at step {state.step}")
         else:
             state = TrainerState(
@@ -162,7 +165,9 @@ class _Run:
         if self._first:
             log = MetricsLog(self.folder, self.config, -1 if found is None else state.step)
         try:
-            state = self._steps(state, remembered, log)
+            if found is None:
+                state = self._evaluated_at_start(state, log)
+            state = self._steps(state, rollout, remembered, log)
         finally:
             if log is not None:
                 log.close()
@@ -189,37 +194,62 @@ class _Run:
             return time.perf_counter() - start
 
         def on_step(done: int, loss: float) -> None:
+            check_stop(self.stop)
             self.view.phase("warm start", done, total, f"loss {loss:.3f} nats/token")
 
         run_warm_start(self.policy, self.config, self.task, on_step)
         return time.perf_counter() - start
 
+    def _evaluated_at_start(self, state: TrainerState, log: MetricsLog | None) -> TrainerState:
+        evaluation = evaluate(self.policy, self.config, self.task)
+        self._publish(log, 0, _evaluation_metrics(evaluation), [])
+        return replace(state, accuracy_start=evaluation.accuracy, reward_start=evaluation.reward)
+
     def _steps(
-        self, state: TrainerState, remembered: RememberedWeights, log: MetricsLog | None
+        self,
+        state: TrainerState,
+        rollout: StoredRollout | None,
+        remembered: RememberedWeights,
+        log: MetricsLog | None,
     ) -> TrainerState:
+        """RL steps to the end; ``rollout`` is that of the first, if it was stopped in it."""
         config = self.config
-        if state.step == 0:
-            evaluation = evaluate(self.policy, config, self.task)
-            state = replace(
-                state, accuracy_start=evaluation.accuracy, reward_start=evaluation.reward
-            )
-            self._publish(log, 0, _evaluation_metrics(evaluation), [])
-        worker = RLStep(self.policy, config, self.task, remembered)
+        worker = RLStep(self.policy, config, self.task, remembered, self.stop)
         last = config.run.stop_after or config.run.steps
         while state.step < last:
-            outcome = worker.run(
-                state.step, state.schedule, state.optimizer_steps, state.skipped_in_a_row
-            )
+            outcome = self._run_step(worker, state, rollout, remembered)
+            rollout = None
             state, findings = self._advance(state, outcome)
             remembered.advance(self.policy, config.anchor, state.step)
             metrics = {**outcome.metrics, record.SAMPLES: float(state.samples)}
             if state.step % config.evaluation.every == 0 or state.step == config.run.steps:
                 metrics |= _evaluation_metrics(evaluate(self.policy, config, self.task))
             self._publish(log, state.step, metrics, findings)
-            self._stop_if_stuck(state)
+            self._stop_if_useless(state, outcome)
             if self._saves_at(state.step):
                 self._save(state, remembered, metrics)
         return state
+
+    def _run_step(
+        self,
+        worker: RLStep,
+        state: TrainerState,
+        rollout: StoredRollout | None,
+        remembered: RememberedWeights,
+    ) -> StepOutcome:
+        """One RL step; where it is stopped early, what was done is saved first."""
+        try:
+            check_stop(self.stop)
+            return worker.run(
+                state.step, state.schedule, state.optimizer_steps, state.skipped_in_a_row, rollout
+            )
+        except StoppedEarly:
+            if self._saved_step != state.step:
+                self._save(state, remembered, {})
+            raise
+        except StoppedInRollout as stop:
+            self._save(state, remembered, {}, stop.rollout)
+            raise StoppedEarly(str(stop)) from None
 
     def _advance(
         self, state: TrainerState, outcome: StepOutcome
@@ -252,13 +282,15 @@ class _Run:
             log.write(step, metrics, findings)
         self.view.update(step, metrics, [asdict(finding) for finding in findings])
 
-    def _stop_if_stuck(self, state: TrainerState) -> None:
+    def _stop_if_useless(self, state: TrainerState, outcome: StepOutcome) -> None:
+        if outcome.mismatch is not None:
+            raise TrainingStopped(f"{outcome.mismatch}; RL step {state.step}")
         limit = self.config.update.max_skipped_steps
         if state.skipped_in_a_row >= limit:
             raise TrainingStopped(
-                f"{state.skipped_in_a_row} optimizer steps in a row were skipped because loss or "
-                f"gradient was not finite (update.max_skipped_steps={limit}); "
-                f"last RL step {state.step}"
+                f"{state.skipped_in_a_row} optimizer steps in a row were skipped because something "
+                f"was not finite, the last time {outcome.not_finite} "
+                f"(update.max_skipped_steps={limit}); last RL step {state.step}"
             )
 
     def _saves_at(self, step: int) -> bool:
@@ -267,14 +299,21 @@ class _Run:
         return due or step == run.stop_after
 
     def _save(
-        self, state: TrainerState, remembered: RememberedWeights, metrics: dict[str, float]
+        self,
+        state: TrainerState,
+        remembered: RememberedWeights,
+        metrics: dict[str, float],
+        rollout: StoredRollout | None = None,
     ) -> None:
         state = replace(state, wall_s=self.wall_s)
         root = self.folder / record.CHECKPOINT_DIR
         try:
-            path = checkpoint.save(root, self.policy, remembered, state, self.config, metrics)
+            path = checkpoint.save(
+                root, self.policy, remembered, state, self.config, metrics, rollout
+            )
         except SaveFailed as error:
             raise TrainingStopped(str(error)) from error
+        self._saved_step = state.step
         self.view.note(f"saved {path}")
 
     def _summarize(self, state: TrainerState) -> None:
@@ -303,57 +342,6 @@ def _evaluation_metrics(evaluation: Evaluation) -> dict[str, float]:
         record.EVAL_REWARD: evaluation.reward,
         record.EVAL_PASS_AT_K: evaluation.pass_at_k,
     }
-
-
-def _check_folder(folder: Path, if_exists: str) -> None:
-    """Refuse a folder that holds a run; every rank looks before any of them writes."""
-    holds_run = any((folder / name).exists() for name in (*_FILES, *_FOLDERS))
-    if holds_run and if_exists == "error":
-        raise ConfigError(
-            f"run.name={folder.name}: {folder} already holds a run; choose another run.name, or "
-            "run.if_exists=overwrite or run.if_exists=resume"
-        )
-    no_checkpoint = not checkpoint_folders(folder / record.CHECKPOINT_DIR)
-    if if_exists == "resume" and (folder / record.METRICS_FILE).exists() and no_checkpoint:
-        raise ConfigError(
-            f"run.if_exists=resume: {folder} holds a run but no checkpoint of it (run.save_every); "
-            "choose run.if_exists=overwrite, or another run.name"
-        )
-
-
-def _check_weights(folder: Path, config: Config) -> None:
-    """Refuse weights to start from that are not there, or that overwriting the run would remove."""
-    load = config.warm_start.load
-    if load is None:
-        return
-    require(Path(load).is_dir(), "warm_start.load", load, "there is no such folder")
-    inside = folder.resolve() in Path(load).resolve().parents
-    rule = f"lies in {folder}, which run.if_exists=overwrite would remove"
-    require(not (inside and config.run.if_exists == "overwrite"), "warm_start.load", load, rule)
-
-
-def _prepare_folder(folder: Path, config: Config, layout: Layout) -> None:
-    """Make the folder, empty it of an old run where told to, save the configuration."""
-    error: OSError | None = None
-    if layout.rank == 0:
-        try:
-            if config.run.if_exists == "overwrite":
-                _remove_run(folder)
-            make_folders(folder)
-            # A resumed run replaces its configuration once the checkpoint has accepted the new one.
-            if not (folder / record.METRICS_FILE).exists():
-                replace_text(folder / record.CONFIG_FILE, to_yaml(config))
-        except OSError as raised:
-            error = raised
-    if not all_true(error is None, layout.device):
-        raise TrainingStopped(f"rank 0 could not prepare {folder}: {error or 'see its message'}")
-
-
-def _remove_run(folder: Path) -> None:
-    for name in _FILES:
-        (folder / name).unlink(missing_ok=True)
-    for name in _FOLDERS:
-        shutil.rmtree(folder / name, ignore_errors=True)
 
 
 @contextlib.contextmanager

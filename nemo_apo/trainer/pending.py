@@ -55,6 +55,11 @@ class PendingRollout:
     def stored(self) -> "StoredRollout":
         """What a checkpoint keeps of it."""
         columns = {name: value for name, value in vars(self.rollouts).items() if value is not None}
+        # Columns may be views into one another, which a file cannot hold.
+        tensors = {
+            name: value.clone(memory_format=torch.contiguous_format)
+            for name, value in {**columns, _KNOWN: self.known_n}.items()
+        }
         numbers = {
             "alpha": self.alpha,
             "schedule": self.schedule.state_dict(),
@@ -64,7 +69,7 @@ class PendingRollout:
             "seconds": self.watch.seconds,
             "done": self.done,
         }
-        return StoredRollout({**columns, _KNOWN: self.known_n}, numbers)
+        return StoredRollout(tensors, numbers)
 
 
 @dataclass(frozen=True)

@@ -121,7 +121,7 @@ def _outcome(
     training = begin(config, layout)
     found = newest_verified(root)
     assert found is not None, f"no checkpoint is left in {root}"
-    state = checkpoint.load(found.newest, training.policy, training.remembered, config)
+    state, _ = checkpoint.load(found.newest, training.policy, training.remembered, config)
     loaded = everything(training)
     same = [name for name, tensors in states.items() if bits_equal(loaded, tensors)]
     assert [STEP[name] for name in same] == [state.step], f"{root} holds a mixture"

@@ -86,7 +86,7 @@ def checkpoint_at_the_end(config: Config, data: int = 1) -> list[tuple[list[Tens
         found = newest_verified(Path(config.run.root) / config.run.name / record.CHECKPOINT_DIR)
         assert found is not None
         assert found.newest.folder.name == f"step_{config.run.steps:06d}"
-        state = checkpoint.load(found.newest, training.policy, training.remembered, config)
+        state, _ = checkpoint.load(found.newest, training.policy, training.remembered, config)
         adam = moments(training.policy)
         assert adam
         remembered = [

@@ -39,7 +39,8 @@ def save(root: Path, training: Training, **metrics: float) -> Path:
 def load(root: Path, training: Training, config: Config) -> TrainerState:
     found = newest_verified(root)
     assert found is not None
-    return checkpoint.load(found.newest, training.policy, training.remembered, config)
+    state, _ = checkpoint.load(found.newest, training.policy, training.remembered, config)
+    return state
 
 
 def draws() -> list[float]:

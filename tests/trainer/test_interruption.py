@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 
-from nemo_apo.trainer.interruption import Interruption, StoppedEarly, check_stop, parse_max_time
+from nemo_apo.trainer.interruption import Interruption, StoppedEarly, check_stop
 from tests.parallel.ranks import run_ranks
 
 CPU = torch.device("cpu")
@@ -95,17 +95,3 @@ def test_a_second_signal_ends_the_process_unless_it_is_the_first_passed_on(
     finally:
         process.kill()
         process.communicate()
-
-
-@pytest.mark.parametrize(
-    ("text", "seconds"),
-    [("00:00:01", 1), ("1:30:00", 5400), ("03:45:10", 13510), ("02:00:00:00", 172800)],
-)
-def test_times_as_nemo_writes_them(text: str, seconds: float) -> None:
-    assert parse_max_time(text) == seconds
-
-
-@pytest.mark.parametrize("text", ["", "90", "1:30", "00:00:00", "1:60:00", "1:00:60", "-1:00:00"])
-def test_other_times_are_refused(text: str) -> None:
-    with pytest.raises(ValueError, match=r"must be \[days:\]hours:minutes:seconds"):
-        parse_max_time(text)

@@ -58,7 +58,7 @@ def load_and_go_on(config: Config, root: Path) -> dict[str, Tensor]:
     training = begin(config, layout)
     found = newest_verified(root)
     assert found is not None
-    state = checkpoint.load(found.newest, training.policy, training.remembered, config)
+    state, _ = checkpoint.load(found.newest, training.policy, training.remembered, config)
     return one_step_more(training, state)
 
 
