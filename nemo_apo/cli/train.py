@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import os
+import sys
 import warnings
 
 from nemo_apo.cli.dry_run import plan
@@ -40,6 +41,7 @@ def main(arguments: argparse.Namespace) -> None:
         return
     _ignore_fallback_warnings()
     _require_packages(config.run)
+    from nemo_apo.parallel.liveness import RanksLost
     from nemo_apo.trainer.interruption import EXIT_STOPPED_EARLY, StoppedEarly
     from nemo_apo.trainer.loop import run
     from nemo_apo.trainer.run_folder import TrainingStopped
@@ -50,6 +52,11 @@ def main(arguments: argparse.Namespace) -> None:
         if first:
             print(f"nemo-apo: stopped early: {stopped}; run.if_exists=resume goes on", flush=True)
         raise SystemExit(EXIT_STOPPED_EARLY) from None
+    except RanksLost as lost:
+        # Any rank may be the one that says it. What is left of the groups would wait at an
+        # orderly end.
+        print(f"nemo-apo: {lost}", file=sys.stderr, flush=True)
+        os._exit(1)
     except TrainingStopped as stopped:
         raise SystemExit(f"nemo-apo: {stopped}" if first else 1) from None
 

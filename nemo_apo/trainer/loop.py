@@ -25,6 +25,7 @@ from nemo_apo.core.diagnostics import DiagnosticsState, Finding, observe
 from nemo_apo.parallel import layout as parallel_layout
 from nemo_apo.parallel.gather import all_gather_objects
 from nemo_apo.parallel.layout import Layout
+from nemo_apo.parallel.liveness import Liveness, RanksLost, end_silent, told
 from nemo_apo.step_metrics import step_figures
 from nemo_apo.trainer import checkpoint
 from nemo_apo.trainer.anchors import RememberedWeights
@@ -79,26 +80,56 @@ def run(config: Config) -> None:
             start from are not there. Nothing is changed then.
         TrainingStopped: after too many skipped optimizer steps in a row, if sampler and trainer
             disagree beyond ``update.max_sampler_mismatch``, or if a checkpoint cannot be written.
+        RanksLost: if some ranks no longer answer; it names them, and the groups stay as they are.
         StoppedEarly: on all ranks, after a signal or ``run.max_time``; what was done is saved.
     """
     folder = Path(config.run.root) / config.run.name
     set_threads(config.run)
     check_folder(folder, config.run.if_exists)
     check_weights(folder, config)
-    layout = parallel_layout.initialize(config.parallel, config.run.seed)
-    try:
+    with _ranks(config) as (layout, stop):
         prepare_folder(folder, config, layout)
-        limit = config.run.max_time
-        max_time_s = None if limit is None else seconds_of_time(limit)
-        with Interruption(layout.device, max_time_s) as stop, _view(config, layout) as view:
+        with _view(config, layout) as view:
             _Run(config, layout, folder, view, stop).train()
         dist.barrier()
         if layout.rank == 0 and config.run.report:
             from nemo_apo.report import write_report
 
             write_report([folder], folder)
-    finally:
+
+
+@contextlib.contextmanager
+def _ranks(config: Config) -> Iterator[tuple[Layout, StopCheck]]:
+    """The ranks, from their groups' start to their end; if one is lost, it is named and all end."""
+    layout = parallel_layout.initialize(config.parallel, config.run.seed)
+    limit = config.run.max_time
+    max_time_s = None if limit is None else seconds_of_time(limit)
+    timeout_s = 60.0 * config.parallel.timeout_minutes
+    try:
+        # Signals are heard to the end: a launcher sends them to all when it has lost one.
+        with Interruption(layout.device, max_time_s) as stop, Liveness(timeout_s) as alive:
+            try:
+                yield layout, stop
+            except TrainingStopped:
+                raise  # what all ranks decided
+            except RuntimeError as error:  # gloo's own kind, for want of a better
+                _name_the_lost(alive, error)
+                raise
+    except RanksLost:
+        raise  # groups with a lost rank cannot be ended in order
+    except BaseException:
         parallel_layout.shut_down()
+        raise
+    parallel_layout.shut_down()
+
+
+def _name_the_lost(alive: Liveness, error: Exception) -> None:
+    silent = alive.silent()
+    if not silent:
+        return
+    end_silent(silent)
+    reason = next(iter(str(error).splitlines()), type(error).__name__)
+    raise RanksLost(f"{told(silent)}; a collective failed: {reason}") from error
 
 
 def build_policy(config: Config, layout: Layout) -> Policy:
