@@ -5,6 +5,7 @@ state in a checkpoint. Axes: N sequences, G groups.
 """
 
 import time
+from collections import Counter
 from dataclasses import dataclass, replace
 from random import Random
 
@@ -15,6 +16,7 @@ from nemo_apo import record
 from nemo_apo.config import Config
 from nemo_apo.core.filtering import SettledGroups, settle_groups
 from nemo_apo.core.groups import Groups
+from nemo_apo.grading import Grading
 from nemo_apo.tasks import Task
 from nemo_apo.trainer.policy import Policy
 from nemo_apo.trainer.rollouts import Rollouts, assemble, check_tokens, concatenate
@@ -44,12 +46,15 @@ class RolloutSource:
         self.policy = policy
         self.config = config
         self.task = task
+        self.grading = Grading(config.grading, task)
+        self._failures: Counter[str] = Counter()
 
     def draw(self, step: int) -> Drawn:
         """The rollout of RL step ``step``; with ``rollout.resample``, groups without signal are
         replaced by further ones as long as rounds are left.
         """
         began = time.perf_counter()
+        self._failures.clear()
         wanted = self.config.rollout.prompts
         first = rollouts = self._sample(step, 0, wanted)
         for again in range(1, self.config.rollout.resample + 1):
@@ -74,6 +79,8 @@ class RolloutSource:
             record.RESAMPLED_GROUPS: (samples - first.count) // self.config.rollout.group_size,
             record.ROLLOUT_SECONDS: seconds,
         }
+        for reason, count in self._failures.items():
+            metrics[record.FAILED_GRADES_BY_REASON[reason]] = count
         rollouts = replace(rollouts, rewards_N=settled.rewards_N)
         return Drawn(rollouts.select(settled.keep_N), samples, metrics)
 
@@ -88,12 +95,14 @@ class RolloutSource:
             check_tokens(torch.tensor(prompt.tokens), task.vocab_size)
         draws = uniforms(config.run.seed, stream, len(prompts), task.max_response_length)
         completions = complete(self.policy, task, config.rollout, prompts, draws)
+        graded = grade(self.policy.layout, self.grading, task, prompts, completions)
+        self._failures.update(graded.failures)
         group_ids_N = torch.arange(count).repeat_interleave(size)
         rollouts = assemble(
             prompts,
             completions,
             group_ids_N + again * config.rollout.prompts,
-            grade(self.policy.layout, task, prompts, completions),
+            graded.rewards_N,
             task.max_prompt_length + task.max_response_length,
             task.pad_id,
         )
