@@ -1,11 +1,11 @@
 """Mathematical answers compared by math-verify, which hands them to SymPy.
 
-A model's answer can reach ``eval`` there. math-verify's own plain-text extraction calls
-``parse_expr`` (not used here: answers are read as LaTeX only), ``\\gcd`` passes numbers to
-``sympify`` as strings, and SymPy evaluates an infinite sum by ``lambdify``, which compiles Python
-source that names the answer's symbols. Three barriers, each enough by itself: answers that no
-person would write are refused, compiling and executing source is refused while an answer is being
-compared, and the process can be killed and may write nothing.
+A model's answer can reach ``eval`` there. The digits of every number go through ``parse_expr``,
+as does all of what math-verify's plain-text extraction finds (not used here: answers are read as
+LaTeX only), and SymPy evaluates an infinite sum by ``lambdify``, which compiles Python source that
+names the answer's symbols. Hence three barriers: answers that no person would write are refused;
+while an answer is being compared, compiling source is refused unless it is a number; and the
+process can be killed and may write nothing.
 """
 
 import contextlib
@@ -26,6 +26,8 @@ MOST_STACKED_POWERS = 2
 _CODE = re.compile(
     r"_[\s\\{}]*_|[\"`@#?]|\\(?:operatorname|variable|input|include|write|def|let|catcode)(?![a-z])"
 )
+# How SymPy evaluates the digits of a number, after a fixed import.
+_NUMBER_SOURCE = re.compile(r"from sympy import \*|(?:Integer|Float) \('?[\d.eE+-]+'? \)", re.ASCII)
 _EVENTS = frozenset(
     {"os.system", "os.exec", "os.fork", "os.posix_spawn", "subprocess.Popen", "socket.__new__"}
 )
@@ -97,14 +99,14 @@ def _refuse_code(event: str, arguments: tuple) -> None:
     """An audit hook, which cannot be removed again; it acts inside ``_no_code`` only."""
     if not getattr(_comparing, "now", False):
         return
-    if event in _EVENTS or (event in ("compile", "exec") and _is_source(event, arguments)):
+    if event in _EVENTS or (event == "compile" and _is_foreign(*arguments)):
         raise Refused("was about to be run as code")
 
 
-def _is_source(event: str, arguments: tuple) -> bool:
-    """Whether the code comes from a string and not, as a module does, from a file."""
-    name = arguments[1] if event == "compile" else getattr(arguments[0], "co_filename", "<")
-    return str(name).startswith("<") and not str(name).startswith("<frozen")
+def _is_foreign(source: object, filename: object) -> bool:
+    """Whether source comes from a string (a module's comes from a file) and is not a number."""
+    text = source.decode() if isinstance(source, bytes) else str(source)
+    return str(filename).startswith("<") and not _NUMBER_SOURCE.fullmatch(text)
 
 
 def _depth(text: str, opening: str, closing: str) -> int:
