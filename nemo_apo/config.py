@@ -476,9 +476,11 @@ def _check_grading(grading: GradingSettings, parallel: ParallelConfig) -> None:
     isolated = grading.workers > 0 or not (by_path or grading.grader in NEEDS_WORKER)
     require(isolated, "grading.workers", grading.workers, rule)
     _refuse_unread_grading(grading)
-    rule = f"must be less than parallel.timeout_minutes={parallel.timeout_minutes:g} (in seconds)"
-    in_time = grading.workers == 0 or grading.total_s < 60.0 * parallel.timeout_minutes
-    require(in_time, "grading.total_s", grading.total_s, f"{rule}: the other ranks wait so long")
+    rule = "with grading.wall_s and grading.start_s must be less than the seconds of "
+    rule += f"parallel.timeout_minutes={parallel.timeout_minutes:g}: the other ranks wait so long"
+    longest_s = grading.total_s + grading.wall_s + grading.start_s
+    in_time = grading.workers == 0 or longest_s < 60.0 * parallel.timeout_minutes
+    require(in_time, "grading.total_s", grading.total_s, rule)
 
 
 def _refuse_unread_grading(grading: GradingSettings) -> None:

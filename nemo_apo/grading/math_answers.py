@@ -79,9 +79,8 @@ def math_grader() -> Callable[[str, str, str], float]:
         with _no_code():
             return compare(reference, answer)
 
-    # Whatever SymPy imports or makes when it first compares is made here, before code is refused.
-    for pair in (("\\frac{1}{2}", "0.5"), ("\\{1, x\\}", "(1, 2)"), ("x=2", "x < \\sqrt{2}")):
-        compare(*pair)
+    # What SymPy imports when it first simplifies takes longer than all that follows.
+    compare("(x+1)^2", "x^2+2x")
     return grade
 
 
@@ -99,7 +98,8 @@ def _refuse_code(event: str, arguments: tuple) -> None:
     """An audit hook, which cannot be removed again; it acts inside ``_no_code`` only."""
     if not getattr(_comparing, "now", False):
         return
-    if event in _EVENTS or (event == "compile" and _is_foreign(*arguments)):
+    foreign = event == "compile" and _is_foreign(*arguments) and not _importing()
+    if foreign or event in _EVENTS:
         raise Refused("was about to be run as code")
 
 
@@ -107,6 +107,14 @@ def _is_foreign(source: object, filename: object) -> bool:
     """Whether source comes from a string (a module's comes from a file) and is not a number."""
     text = source.decode() if isinstance(source, bytes) else str(source)
     return str(filename).startswith("<") and not _NUMBER_SOURCE.fullmatch(text)
+
+
+def _importing() -> bool:
+    """Whether a module is being imported, whose own source this then is."""
+    frame = sys._getframe()
+    while frame is not None and frame.f_code.co_filename != "<frozen importlib._bootstrap>":
+        frame = frame.f_back
+    return frame is not None
 
 
 def _depth(text: str, opening: str, closing: str) -> int:

@@ -35,7 +35,12 @@ class Grading:
             return [attempt(lambda s=sample: grader(s)) for sample in samples]
         if self._pool is None:
             self._pool = WorkerPool(Order.of(self._settings, self._task))
-        return self._pool.grade(samples)
+        try:
+            return self._pool.grade(samples)
+        except BaseException:
+            # Its workers may still be at samples that nobody waits for any more.
+            self.close()
+            raise
 
     def first_time(self, reasons: Sequence[str]) -> list[str]:
         """Those of the reasons that this was never called with before."""

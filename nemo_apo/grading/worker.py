@@ -52,8 +52,9 @@ def main() -> None:
     """Serve the trainer on the other side of standard input and output until it is gone."""
     requests, replies = _private_pipes()
     trainer = os.getppid()
-    signal.signal(signal.SIGTERM, lambda *_: _leave_orphaned(trainer))
-    signal_at_parents_death(signal.SIGTERM)
+    signal.signal(signal.SIGTERM, _leave)
+    signal.signal(signal.SIGUSR1, lambda *_: _leave_if_orphaned(trainer))
+    signal_at_parents_death(signal.SIGUSR1)
     adopt_orphans()
     reader = FrameReader(requests, _MESSAGE_BYTES)
     try:
@@ -63,10 +64,16 @@ def main() -> None:
     except (TrainerGone, BrokenPipeError):
         return
     finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         kill_descendants()
 
 
-def _leave_orphaned(trainer: int) -> None:
+def _leave(*_: object) -> None:
+    raise TrainerGone
+
+
+def _leave_if_orphaned(trainer: int) -> None:
     """The signal also comes when a thread of the trainer ends that started this process."""
     if os.getppid() != trainer:
         raise TrainerGone

@@ -93,7 +93,7 @@ def grade(
     """
     per_rank = _per_rank(layout, len(prompts))
     mine = range(layout.rank * per_rank, min((layout.rank + 1) * per_rank, len(prompts)))
-    samples = [_sample(task, prompts[row], completions.row(row)) for row in mine]
+    samples = [sample_of(task, prompts[row], completions.row(row)) for row in mine]
     grades = _grade_on_all_ranks(layout, grading, samples)
     rows = [(grade.value, float(grade.code)) for grade in grades]
     rows += [(math.nan, 0.0)] * (per_rank - len(rows))
@@ -104,7 +104,8 @@ def grade(
     return Graded(rewards_N, dict(Counter(filter(None, reasons))))
 
 
-def _sample(task: Task, prompt: Prompt, completion: list[int]) -> Sample:
+def sample_of(task: Task, prompt: Prompt, completion: list[int]) -> Sample:
+    """A completion as a grader is given it, by text and by token ids."""
     return Sample(
         prompt.text,
         prompt.tokens,

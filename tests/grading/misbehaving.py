@@ -291,3 +291,9 @@ REASON_OF_DEED = {
 def deed_of(completion: list[int]) -> str | None:
     """The deed for a completion; None for a proper grade."""
     return DEED_OF_SUM.get(sum(completion) % 16)
+
+
+def slow_grade(prompt: str, completion: str, reference: str) -> float:
+    """A number, after a while."""
+    time.sleep(0.2)
+    return float(completion)

@@ -140,6 +140,15 @@ def test_a_fork_bomb_is_bounded_and_ends(mark: str) -> None:
     assert left_running(mark) == []
 
 
+def test_a_grader_that_kills_its_supervisor_dies_with_it(mark: str) -> None:
+    with pool(wall_s=60.0) as workers:
+        for _ in range(REPEATS):
+            bad, good = grades(workers, "end_of_supervisor", "0.25")
+            assert (bad.reason, good.value) == ("exited", 0.25)
+            assert len(left_at_most(mark, 2)) == 2
+    assert left_running(mark) == []
+
+
 def test_what_a_grader_leaves_behind_ends_with_its_sample(mark: str) -> None:
     with pool() as workers:
         left, good = grades(workers, "fork_and_return", "0.25")
