@@ -63,7 +63,8 @@ class WorkerPool:
         self._workers: list[_Worker] = []
         self._finalizer = weakref.finalize(self, _end_all, self._workers, os.getpid())
         try:
-            self._workers += [self._launch() for _ in range(order.settings.workers)]
+            for _ in range(order.settings.workers):
+                self._workers.append(self._launch())
             while not all(worker.ready for worker in self._workers):
                 self._step([None])
         except BaseException:
@@ -161,13 +162,16 @@ class WorkerPool:
 
     def _launch(self) -> _Worker:
         path = [os.path.abspath(folder) for folder in sys.path] + [os.getcwd()]
-        process = subprocess.Popen(
-            [sys.executable, "-I", "-B", "-c", _BOOT, *path],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=without_secrets(os.environ),
-            start_new_session=True,
-        )
+        try:
+            process = subprocess.Popen(
+                [sys.executable, "-I", "-B", "-c", _BOOT, *path],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env=without_secrets(os.environ),
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise GradingBroken(f"a worker could not be started: {error}") from None
         assert process.stdin is not None
         assert process.stdout is not None
         with contextlib.suppress(BrokenPipeError):

@@ -9,7 +9,6 @@ import contextlib
 import os
 import select
 import signal
-import sys
 import time
 
 from nemo_apo.grading import child
@@ -28,6 +27,8 @@ IS_READY, IS_GRADE, IS_BROKEN = b"R", b"G", b"B"
 _HARMLESS = ("", "raised", "type", "not_finite", "refused")
 # How often a running grader is looked at, seconds.
 _TICK_S = 0.05
+# How long a process may take to end after its pipe, seconds.
+_LAST_BREATH_S = 1.0
 _REPLY_BYTES = 1024
 _MESSAGE_BYTES = 2**28
 
@@ -208,22 +209,17 @@ class _Supervisor:
         return self._from_child.fd in events
 
     def _how_it_ended(self) -> str:
-        """The end of the grading process, which has closed its pipe: by itself or not yet."""
-        pid, status = os.waitpid(self._pid, os.WNOHANG)
-        for _ in range(100):
-            if pid != 0:
-                break
-            time.sleep(0.01)
-            pid, status = os.waitpid(self._pid, os.WNOHANG)
-        if pid == 0:
-            return "closed its pipe"
-        code = os.waitstatus_to_exitcode(status)
-        return f"status {code}" if code >= 0 else signal.Signals(-code).name
+        """How the grading process ended, which has closed its pipe; it may not have ended yet."""
+        # Not collected yet, so that its number cannot belong to another process.
+        look = os.WEXITED | os.WNOHANG | os.WNOWAIT
+        deadline = time.monotonic() + _LAST_BREATH_S
+        while (end := os.waitid(os.P_PID, self._pid, look)) is None:
+            if time.monotonic() > deadline:
+                return "closed its pipe"
+            time.sleep(0.001)
+        by_itself = end.si_code == os.CLD_EXITED
+        return f"status {end.si_status}" if by_itself else signal.Signals(end.si_status).name
 
 
 def _ended(how: str) -> _NoReply:
     return _NoReply("cpu") if how == signal.SIGXCPU.name else _NoReply("exited", how)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

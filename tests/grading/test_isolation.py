@@ -103,7 +103,8 @@ class TestStart:
     ) -> None:
         mark = uuid.uuid4().hex
         monkeypatch.setenv(MARK, mark)
-        with pytest.raises(GradingBroken, match=why), pool(grader=grader, start_s=1.0):
+        start_s = 1.0 if "hangs" in grader else 60.0
+        with pytest.raises(GradingBroken, match=why), pool(grader=grader, start_s=start_s):
             pass
         assert left_running(mark) == []
 
@@ -112,6 +113,13 @@ class TestStart:
     ) -> None:
         monkeypatch.setattr(sys, "path", [])
         with pytest.raises(GradingBroken, match="a worker ended before it was ready"), pool():
+            pass
+
+    def test_an_interpreter_that_is_not_there_is_one_too(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(sys, "executable", "/no/python")
+        with pytest.raises(GradingBroken, match=r"could not be started: .*No such file"), pool():
             pass
 
     def test_a_grader_that_cannot_start_again_is_one_too(

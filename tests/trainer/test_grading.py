@@ -23,7 +23,7 @@ from tests.parallel.ranks import run_ranks
 
 from .tiny_runs import begin, tiny_config
 
-WORKERS = GradingSettings(workers=2, wall_s=0.5, cpu_s=5, total_s=60.0)
+WORKERS = GradingSettings(workers=2, wall_s=2.0, cpu_s=5, total_s=60.0)
 
 
 def config_of(**sections: Any) -> Config:
