@@ -5,6 +5,7 @@ import os
 import resource
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -155,6 +156,28 @@ def speak_later() -> float:
     return 1.0
 
 
+def answer_again_later() -> float:
+    """Sends a second, well-formed answer to its own request while the next one is at work."""
+    grade = struct.pack("<QBd", 1, 0, 9.0)
+    message = struct.pack("<I", len(grade)) + grade
+
+    def later() -> None:
+        time.sleep(0.5)
+        for fd in range(3, 64):
+            try:
+                os.write(fd, message)
+            except OSError:
+                continue
+
+    threading.Thread(target=later).start()
+    return 1.0
+
+
+def take_two_seconds() -> float:
+    time.sleep(2.0)
+    return 0.5
+
+
 def spoil_the_process() -> float:
     sys.stdout.close()
     sys.stderr = None  # type: ignore[assignment]
@@ -226,6 +249,8 @@ DEEDS: dict[str, Callable[[], object]] = {
         claim_a_huge_reply,
         close_every_pipe,
         speak_later,
+        answer_again_later,
+        take_two_seconds,
         spoil_the_process,
         count_secrets,
         heavy_modules,

@@ -168,6 +168,13 @@ def test_an_answer_that_comes_late_is_not_the_next_ones() -> None:
         assert [grade.value for grade in grades(workers, "0.25", "0.5")] == [0.25, 0.5]
 
 
+def test_a_second_answer_is_never_the_next_ones() -> None:
+    with pool() as workers:
+        first, victim, after = grades(workers, "answer_again_later", "take_two_seconds", "0.25")
+    assert (first.value, after.value) == (1.0, 0.25)
+    assert victim.reason == "protocol"
+
+
 def test_a_spoilt_process_grades_on() -> None:
     with pool() as workers:
         assert [g.value for g in grades(workers, "spoil_the_process", "0.25")] == [1.0, 0.25]
