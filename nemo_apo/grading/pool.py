@@ -61,7 +61,7 @@ class WorkerPool:
         self._order = order
         self._settings = order.settings
         self._workers: list[_Worker] = []
-        self._finalizer = weakref.finalize(self, _end_all, self._workers, os.getpid())
+        self._finalizer = weakref.finalize(self, _end_all, self._workers)
         try:
             for _ in range(order.settings.workers):
                 self._workers.append(self._launch())
@@ -180,10 +180,8 @@ class WorkerPool:
         return _Worker(process, FrameReader(process.stdout.fileno(), _MESSAGE_BYTES), deadline)
 
 
-def _end_all(workers: list[_Worker], owner: int) -> None:
-    if os.getpid() != owner:
-        # A forked copy of the trainer leaves: the workers are not its own.
-        return
+def _end_all(workers: list[_Worker]) -> None:
+    """End them. In a forked copy of the trainer, whose children they are not, this does nothing."""
     for worker in workers:
         assert worker.process.stdin is not None
         worker.process.stdin.close()

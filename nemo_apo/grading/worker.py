@@ -65,19 +65,19 @@ def main() -> None:
     except (TrainerGone, BrokenPipeError):
         return
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         kill_descendants()
 
 
 def _leave(*_: object) -> None:
-    raise TrainerGone
+    """End at once. Nothing is raised: it would cut short the killing that is under way already."""
+    kill_descendants()
+    os._exit(0)
 
 
 def _leave_if_orphaned(trainer: int) -> None:
     """The signal also comes when a thread of the trainer ends that started this process."""
     if os.getppid() != trainer:
-        raise TrainerGone
+        _leave()
 
 
 def _private_pipes() -> tuple[int, int]:
@@ -149,6 +149,8 @@ class _Supervisor:
             raise _Broken(f"{REASONS[failure.grade.reason]}: {failure.grade.detail}") from None
         if hello.value != child.READY:
             raise _Broken(hello.detail)
+        if self._pid not in descendants(os.getpid()):
+            raise _Broken("/proc does not list the children of a process, so none can be found")
 
     def _be_child(self, requests: int, replies: int) -> None:
         try:

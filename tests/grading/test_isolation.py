@@ -223,6 +223,8 @@ class TestNoOrphans:
         try:
             made.close()
             assert running(mark) == []
+            (worker,) = made._workers
+            assert worker.process.returncode == 0, "it had to be killed"
         finally:
             os.kill(copy, signal.SIGKILL)
             os.waitpid(copy, 0)

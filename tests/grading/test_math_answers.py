@@ -158,6 +158,26 @@ def test_honest_answers_pass_the_rule(answer: str) -> None:
     check_answer(answer)
 
 
+@pytest.mark.parametrize(
+    ("answer", "why"),
+    [
+        ("1" * 2001, "longer than 2000"),
+        ("{" * 33 + "}" * 33, "deeper than 32"),
+        ("([{" * 11 + "}])" * 11, "deeper than 32"),
+        ("x^{2^{2^2}}", "stacked powers"),
+        ("9^9^9^9", "stacked powers"),
+        ("a__b", "code"),
+        (r"a\_ \_b", "code"),
+        ("x_{_b}", "code"),
+        ("'a\"'", "code"),
+        (r"\operatorname{f}(x)", "code"),
+    ],
+)
+def test_the_rule_by_its_parts(answer: str, why: str) -> None:
+    with pytest.raises(Refused, match=why):
+        check_answer(answer)
+
+
 def test_omegaconf_still_reads_its_grammar() -> None:
     """Both are parsers made by ANTLR, whose runtimes do not read each other's tables."""
     config = OmegaConf.create({"a": 2, "b": "${a}", "c": "x${oc.env:HOME}"})
