@@ -17,6 +17,8 @@ from nemo_apo.core.diagnostics import Thresholds
 from nemo_apo.core.filtering import GroupRules
 from nemo_apo.core.objectives import OBJECTIVES, Apo, Objective, Regularizers
 from nemo_apo.core.temperature import TEMPERATURES, FixedTemperature, Temperature
+from nemo_apo.grading.graders import GRADERS, NEEDS_WORKER
+from nemo_apo.grading.settings import TASK_GRADER, GradingSettings
 from nemo_apo.tasks import TASKS, SortTask, Task
 
 
@@ -312,6 +314,7 @@ class Config:
     anchor: AnchorConfig = field(default_factory=AnchorConfig)
     regularizers: Regularizers = field(default_factory=Regularizers)
     groups: GroupRules = field(default_factory=GroupRules)
+    grading: GradingSettings = field(default_factory=GradingSettings)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     update: UpdateConfig = field(default_factory=UpdateConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -360,6 +363,7 @@ def validate(config: Config, world_size: int) -> None:
     _check_layout(config, world_size)
     _check_keeping(config)
     _check_anchor(config.anchor)
+    _check_grading(config.grading, config.parallel)
     _check_rollout(config.rollout)
     _check_update(config.update, config.rollout)
     _check_optimizer(config.optimizer)
@@ -518,6 +522,39 @@ def _check_anchor(anchor: AnchorConfig) -> None:
     _one_of("anchor.name", anchor.name, tuple(ANCHORS))
     require(0.0 <= anchor.decay < 1.0, "anchor.decay", anchor.decay, "must lie in [0, 1)")
     _at_least("anchor", anchor, 1, "refresh_every")
+
+
+def _check_grading(grading: GradingSettings, parallel: ParallelConfig) -> None:
+    by_path = re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", grading.grader) is not None
+    rule = f"must be {TASK_GRADER}, {', '.join(GRADERS)}, or package.module:function"
+    known = by_path or grading.grader in (TASK_GRADER, *GRADERS)
+    require(known, "grading.grader", grading.grader, rule)
+    _positive("grading", grading, "wall_s", "start_s", "total_s")
+    _non_negative("grading", grading, "tolerance")
+    _at_least("grading", grading, 0, "workers", "file_mib")
+    _at_least("grading", grading, 1, "cpu_s", "processes")
+    _at_least("grading", grading, 128, "memory_mib")
+    rule = "must be at least 1 for this grader, which may hang or evaluate what a model wrote"
+    isolated = grading.workers > 0 or not (by_path or grading.grader in NEEDS_WORKER)
+    require(isolated, "grading.workers", grading.workers, rule)
+    _refuse_unread_grading(grading)
+    rule = "with grading.wall_s and grading.start_s must be less than the seconds of "
+    rule += f"parallel.timeout_minutes={parallel.timeout_minutes:g}: the other ranks wait so long"
+    longest_s = grading.total_s + grading.wall_s + grading.start_s
+    in_time = grading.workers == 0 or longest_s < 60.0 * parallel.timeout_minutes
+    require(in_time, "grading.total_s", grading.total_s, rule)
+
+
+def _refuse_unread_grading(grading: GradingSettings) -> None:
+    """Refuse a setting that nothing would read."""
+    limits = ("wall_s", "cpu_s", "memory_mib", "file_mib", "processes", "start_s", "total_s")
+    for key in limits if grading.workers == 0 else ():
+        value = getattr(grading, key)
+        rule = "would limit nothing without a worker (grading.workers=0)"
+        require(value == getattr(GradingSettings, key), f"grading.{key}", value, rule)
+    read = grading.grader == "numeric" or grading.tolerance == GradingSettings.tolerance
+    rule = f"is of the numeric grader alone (grading.grader={grading.grader})"
+    require(read, "grading.tolerance", grading.tolerance, rule)
 
 
 def _check_rollout(rollout: RolloutConfig) -> None:

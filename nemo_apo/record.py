@@ -30,6 +30,24 @@ REWARD_MEAN = "reward/mean"
 REWARD_STD = "reward/std"
 REWARD_FAILED = "reward/failed_grades"
 
+# Failed grades by reason (a key of ``nemo_apo.grading.REASONS``), those of resampled groups
+# included; a reason that did not occur is absent.
+FAILED_GRADES_BY_REASON = {
+    reason: f"{REWARD_FAILED}_{reason}"
+    for reason in (
+        "raised",
+        "type",
+        "not_finite",
+        "refused",
+        "memory",
+        "timeout",
+        "cpu",
+        "processes",
+        "exited",
+        "protocol",
+    )
+}
+
 ALPHA = "schedule/alpha"
 ALPHA_TARGET = "schedule/target"
 CONFIDENCE = "schedule/confidence"
@@ -91,6 +109,10 @@ METRICS: dict[str, MetricInfo] = {
     REWARD_MEAN: MetricInfo("mean reward"),
     REWARD_STD: MetricInfo("reward standard deviation"),
     REWARD_FAILED: MetricInfo("failed grades", "samples"),
+    **{
+        name: MetricInfo(f"failed grades, {reason.replace('_', ' ')}", "samples")
+        for reason, name in FAILED_GRADES_BY_REASON.items()
+    },
     ALPHA: MetricInfo("alpha"),
     ALPHA_TARGET: MetricInfo("alpha target"),
     CONFIDENCE: MetricInfo("confidence gate"),

@@ -139,6 +139,14 @@ class TestMistakes:
             (["train", "--config"], "expected one argument"),
             (["train", "--config", "none.yaml"], "no such file"),
             (["train", "--config-dir", "none"], "holds no option"),
+            (
+                ["train", "grading.workers=1", "grading.grader='no.such:grade'"],
+                "grading.grader=no.such:grade: ModuleNotFoundError: No module named 'no'",
+            ),
+            (
+                ["train", "grading.workers=1", "grading.grader='os.path:sep'"],
+                "grading.grader=os.path:sep: TypeError: is a str, which cannot be called",
+            ),
             (["config", "run.name=a/b"], "run.name=a/b"),
             (["config", "parallel.tensor_model_parallel_size=0"], "must be at least 1"),
             (["report"], "required: RUN"),

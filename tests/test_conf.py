@@ -286,6 +286,17 @@ class TestMistakes:
             ["regularizers.kl_estimator=k4"],
             ["groups.truncated=maybe"],
             ["groups.failed_reward=inf"],
+            ["grading.workers=-1"],
+            ["grading.grader=exact_matches"],
+            ["grading.grader=module:"],
+            ["grading.workers=1", "grading.wall_s=0"],
+            ["grading.workers=1", "grading.start_s=inf"],
+            ["grading.workers=1", "grading.cpu_s=0"],
+            ["grading.workers=1", "grading.memory_mib=64"],
+            ["grading.workers=1", "grading.file_mib=-1"],
+            ["grading.workers=1", "grading.processes=0"],
+            ["grading.workers=1", "grading.total_s=530"],
+            ["grading.grader=numeric", "grading.tolerance=-1"],
             ["rollout.group_size=1"],
             ["rollout.prompts=0"],
             ["rollout.temperature=0"],
@@ -329,6 +340,23 @@ class TestMistakes:
     def test_prompts_that_mini_batches_do_not_divide(self) -> None:
         message = refusal("rollout.prompts=30", "update.mini_batches=4")
         assert message.startswith("update.mini_batches=4: must divide rollout.prompts=30")
+
+    @pytest.mark.parametrize("grader", ["math_verify", "package.module:function"])
+    def test_a_grader_that_needs_a_worker_is_refused_without_one(self, grader: str) -> None:
+        message = refusal(f"grading.grader='{grader}'")
+        assert message.startswith("grading.workers=0: must be at least 1 for this grader")
+        validate(compose([f"grading.grader='{grader}'", "grading.workers=1"]), 1)
+
+    @pytest.mark.parametrize(
+        ("override", "reason"),
+        [
+            ("grading.wall_s=1", "without a worker (grading.workers=0)"),
+            ("grading.memory_mib=512", "without a worker (grading.workers=0)"),
+            ("grading.tolerance=0.1", "of the numeric grader alone (grading.grader=task)"),
+        ],
+    )
+    def test_a_setting_of_grading_that_nothing_would_read(self, override: str, reason: str) -> None:
+        assert reason in refusal(override)
 
     @pytest.mark.parametrize(
         ("overrides", "ranks", "rule"),

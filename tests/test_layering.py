@@ -17,13 +17,15 @@ ALLOWED: dict[str, set[str]] = {
     "record": set(),
     "core": set(),
     "tasks": {"core"},
-    "config": {"core", "tasks"} | CONFIG,
+    "grading": {"tasks"},
+    "config": {"core", "tasks", "grading"} | CONFIG,
     "compose": {"core", "tasks"} | CONFIG,
     "step_metrics": {"core", "record"},
     "parallel": {"core"} | CONFIG,
     "planning": {"core"} | CONFIG,
     "report": {"record"} | CONFIG,
-    "trainer": {"core", "tasks", "record", "step_metrics", "parallel", "report"} | CONFIG,
+    "trainer": {"core", "tasks", "grading", "record", "step_metrics", "parallel", "report"}
+    | CONFIG,
     "bench": {"core", "record", "step_metrics", "parallel", "trainer", "tasks"} | CONFIG,
     "aligner": {"core", "record", "step_metrics", "parallel"} | CONFIG,
 }

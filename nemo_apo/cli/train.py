@@ -8,7 +8,9 @@ import warnings
 
 from nemo_apo.cli.dry_run import plan
 from nemo_apo.cli.overrides import add_config_arguments, composed
-from nemo_apo.config import ConfigError, RunConfig, validate
+from nemo_apo.config import Config, ConfigError, RunConfig, validate
+from nemo_apo.grading import GradingBroken
+from nemo_apo.grading.service import check_grader
 
 # How the warnings start that are about what this trainer chose on purpose.
 _FALLBACKS = (
@@ -34,6 +36,7 @@ def main(arguments: argparse.Namespace) -> None:
     config = composed(arguments)
     ranks = world_size()
     validate(config, ranks)
+    _check_grader(config)
     first = os.environ.get("RANK", "0") == "0"
     if config.run.dry_run:
         if first:
@@ -57,8 +60,16 @@ def main(arguments: argparse.Namespace) -> None:
         # orderly end.
         print(f"nemo-apo: {lost}", file=sys.stderr, flush=True)
         os._exit(1)
-    except TrainingStopped as stopped:
+    except (TrainingStopped, GradingBroken) as stopped:
         raise SystemExit(f"nemo-apo: {stopped}" if first else 1) from None
+
+
+def _check_grader(config: Config) -> None:
+    """Raise ``ConfigError`` for a grader that a worker cannot import or call."""
+    try:
+        check_grader(config.grading, config.task)
+    except GradingBroken as broken:
+        raise ConfigError(f"grading.grader={config.grading.grader}: {broken}") from None
 
 
 def _ignore_fallback_warnings() -> None:

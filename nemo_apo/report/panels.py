@@ -146,6 +146,14 @@ PANELS: tuple[Panel, ...] = (
         (0.0, 1.0),
     ),
     Panel(
+        "Failed grades by reason",
+        tuple(record.FAILED_GRADES_BY_REASON.values()),
+        "completions per step",
+        "Completions that the grader gave no grade: what becomes of them is set by "
+        "groups.failed_grade.",
+        (0.0, None),
+    ),
+    Panel(
         "Dropped and resampled groups",
         (record.DROPPED_GROUPS, record.RESAMPLED_GROUPS),
         "groups per step",

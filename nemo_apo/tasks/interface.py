@@ -59,6 +59,14 @@ class Task(Protocol):
         """Reward of a completion (token ids, end token included if it was reached)."""
         ...
 
+    def text(self, completion: list[int]) -> str:
+        """A completion as text, for graders that read text; without its end token."""
+        ...
+
+    def reference(self, prompt: Prompt) -> str:
+        """The right answer, as such a grader is given it."""
+        ...
+
     def solved(self, prompt: Prompt, completion: list[int]) -> bool:
         """Whether the completion is the best answer: what accuracy and pass@k count."""
         ...

@@ -114,6 +114,14 @@ class SortTask:
         answer = self.answer(completion)
         return 0.0 if answer is None else REWARDS[self.reward](answer, prompt.text)
 
+    def text(self, completion: list[int]) -> str:
+        """Digits as such, any other token but the end as ``?``."""
+        body = completion[:-1] if completion and completion[-1] == _END else completion
+        return "".join("?" if t < _FIRST_DIGIT else _DIGITS[t - _FIRST_DIGIT] for t in body)
+
+    def reference(self, prompt: Prompt) -> str:
+        return "".join(sorted(prompt.text))
+
     def solved(self, prompt: Prompt, completion: list[int]) -> bool:
         answer = self.answer(completion)
         return answer is not None and exact_reward(answer, prompt.text) == 1.0

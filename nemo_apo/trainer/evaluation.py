@@ -1,10 +1,12 @@
 """Held-out evaluation: greedy accuracy and reward, and pass@k."""
 
+import contextlib
 from dataclasses import dataclass
 
 import torch
 
 from nemo_apo.config import Config
+from nemo_apo.grading import Grading
 from nemo_apo.tasks import Prompt, Task
 from nemo_apo.trainer.policy import Policy
 from nemo_apo.trainer.sampler import uniforms
@@ -31,9 +33,11 @@ def evaluate(policy: Policy, config: Config, task: Task) -> Evaluation:
     prompts = task.test_prompts(config.evaluation.prompts)
     greedy = complete(policy, task, config.rollout, prompts, None)
     solved = [task.solved(prompt, greedy.row(row)) for row, prompt in enumerate(prompts)]
+    with contextlib.closing(Grading(config.grading, task)) as grading:
+        rewards_N = grade(policy.layout, grading, task, prompts, greedy).rewards_N
     return Evaluation(
         accuracy=sum(solved) / len(solved),
-        reward=float(torch.nanmean(grade(policy.layout, task, prompts, greedy))),
+        reward=float(torch.nanmean(rewards_N)),
         pass_at_k=_pass_at_k(policy, config, task, prompts[: config.evaluation.pass_prompts]),
     )
 

@@ -5,6 +5,7 @@ state in a checkpoint. Axes: N sequences, G groups.
 """
 
 import time
+from collections import Counter
 from dataclasses import dataclass, replace
 from random import Random
 
@@ -15,6 +16,7 @@ from nemo_apo import record
 from nemo_apo.config import Config
 from nemo_apo.core.filtering import SettledGroups, settle_groups
 from nemo_apo.core.groups import Groups
+from nemo_apo.grading import Grading
 from nemo_apo.tasks import Task
 from nemo_apo.trainer.interruption import StopCheck
 from nemo_apo.trainer.policy import Policy
@@ -46,6 +48,8 @@ class RolloutSource:
         self.stop = stop
         self.config = config
         self.task = task
+        self.grading = Grading(config.grading, task)
+        self._failures: Counter[str] = Counter()
 
     def draw(self, step: int) -> Drawn:
         """The rollout of RL step ``step``; with ``rollout.resample``, groups without signal are
@@ -55,6 +59,7 @@ class RolloutSource:
             StoppedEarly: on all ranks, if it was asked for meanwhile.
         """
         began = time.perf_counter()
+        self._failures.clear()
         wanted = self.config.rollout.prompts
         first = rollouts = self._sample(step, 0, wanted)
         for again in range(1, self.config.rollout.resample + 1):
@@ -79,6 +84,8 @@ class RolloutSource:
             record.RESAMPLED_GROUPS: (samples - first.count) // self.config.rollout.group_size,
             record.ROLLOUT_SECONDS: seconds,
         }
+        for reason, count in self._failures.items():
+            metrics[record.FAILED_GRADES_BY_REASON[reason]] = count
         rollouts = replace(rollouts, rewards_N=settled.rewards_N)
         return Drawn(rollouts.select(settled.keep_N), samples, metrics)
 
@@ -92,13 +99,19 @@ class RolloutSource:
         for prompt in distinct:
             check_tokens(torch.tensor(prompt.tokens), task.vocab_size)
         draws = uniforms(config.run.seed, stream, len(prompts), task.max_response_length)
+<<<<<<< HEAD
         completions = complete(self.policy, task, config.rollout, prompts, draws, self.stop)
+=======
+        completions = complete(self.policy, task, config.rollout, prompts, draws)
+        graded = grade(self.policy.layout, self.grading, task, prompts, completions)
+        self._failures.update(graded.failures)
+>>>>>>> grading-workers
         group_ids_N = torch.arange(count).repeat_interleave(size)
         rollouts = assemble(
             prompts,
             completions,
             group_ids_N + again * config.rollout.prompts,
-            grade(self.policy.layout, task, prompts, completions),
+            graded.rewards_N,
             task.max_prompt_length + task.max_response_length,
             task.pad_id,
         )

@@ -1,18 +1,39 @@
 """Sampling and grading over all ranks: every rank completes its share, all get everything."""
 
+import logging
+import math
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from nemo_apo.config import RolloutConfig
-from nemo_apo.parallel.gather import all_gather_rows
+from nemo_apo.grading import REASONS, Grade, Grading, GradingBroken, Sample
+from nemo_apo.grading.outcome import reason_of
+from nemo_apo.parallel.gather import all_gather_objects, all_gather_rows, all_true
 from nemo_apo.parallel.layout import Layout
 from nemo_apo.tasks import Prompt, Task
 from nemo_apo.trainer.interruption import NeverStop, StopCheck, check_stop
 from nemo_apo.trainer.policy import Policy
 from nemo_apo.trainer.rollouts import Completions
 from nemo_apo.trainer.sampler import generate
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Graded:
+    """The grades of a list of completions, the same on all ranks.
+
+    Attributes:
+        rewards_N: float64; NaN where the grade failed.
+        failures: number of failed grades by reason, a key of ``nemo_apo.grading.REASONS``.
+    """
+
+    rewards_N: Tensor
+    failures: dict[str, int]
 
 
 def complete(
@@ -63,28 +84,78 @@ def complete(
 
 
 def grade(
-    layout: Layout, task: Task, prompts: Sequence[Prompt], completions: Completions
-) -> Tensor:
-    """Reward of every completion, [N] float64; NaN where the grader failed.
+    layout: Layout,
+    grading: Grading,
+    task: Task,
+    prompts: Sequence[Prompt],
+    completions: Completions,
+) -> Graded:
+    """Grade every completion; the first failure of a kind is logged on the first rank.
 
     Every rank grades its share and all get everything: each completion is graded once, so ranks
     agree even on a grader that does not always answer the same.
+
+    Raises:
+        GradingBroken: on all ranks, if one of them has no worker.
     """
-    rows = _share(layout, len(prompts))
-    rewards = [_grade_one(task, prompts[row], completions.row(row)) for row in rows]
-    rewards_N = torch.tensor(rewards, dtype=torch.float64, device=layout.device)
-    return all_gather_rows(rewards_N)[: len(prompts)].cpu()
+    per_rank = _per_rank(layout, len(prompts))
+    mine = range(layout.rank * per_rank, min((layout.rank + 1) * per_rank, len(prompts)))
+    samples = [sample_of(task, prompts[row], completions.row(row)) for row in mine]
+    grades = _grade_on_all_ranks(layout, grading, samples)
+    rows = [(grade.value, float(grade.code)) for grade in grades]
+    rows += [(math.nan, 0.0)] * (per_rank - len(rows))
+    part_N2 = torch.tensor(rows, dtype=torch.float64, device=layout.device)
+    rewards_N, codes_N = all_gather_rows(part_N2)[: len(prompts)].cpu().unbind(dim=1)
+    reasons = [reason_of(int(code)) for code in codes_N.tolist()]
+    _tell_first(layout, grading, reasons, grades)
+    return Graded(rewards_N, dict(Counter(filter(None, reasons))))
+
+
+def sample_of(task: Task, prompt: Prompt, completion: list[int]) -> Sample:
+    """A completion as a grader is given it, by text and by token ids."""
+    return Sample(
+        prompt.text,
+        prompt.tokens,
+        task.text(completion),
+        tuple(completion),
+        task.reference(prompt),
+    )
+
+
+def _grade_on_all_ranks(layout: Layout, grading: Grading, samples: list[Sample]) -> list[Grade]:
+    """This rank's grades; if workers are broken on one rank, all ranks raise."""
+    broken, grades = "", []
+    try:
+        grades = grading.grade(samples)
+    except GradingBroken as error:
+        broken = f"rank {layout.rank}: {error}"
+    if all_true(not broken, layout.device):
+        return grades
+    raise GradingBroken("; ".join(filter(None, all_gather_objects(broken))))
+
+
+def _tell_first(layout: Layout, grading: Grading, reasons: list[str], grades: list[Grade]) -> None:
+    """Log a reason the first time that it comes up, with the sample's index and the place."""
+    new = grading.first_time([reason for reason in reasons if reason])
+    if not new:
+        return
+    details = [detail for part in all_gather_objects(_details(grades)) for detail in part]
+    if layout.rank == 0:
+        for reason in new:
+            row = reasons.index(reason)
+            where = f" ({details[row]})" if details[row] else ""
+            _LOG.warning("completion %d got no grade: %s%s", row, REASONS[reason], where)
+
+
+def _details(grades: list[Grade]) -> list[str]:
+    return [grade.detail for grade in grades]
+
+
+def _per_rank(layout: Layout, count: int) -> int:
+    return -(-count // layout.world_size)
 
 
 def _share(layout: Layout, count: int) -> list[int]:
     """This rank's rows; those past the end repeat the last one and are cut off after gathering."""
-    per_rank = -(-count // layout.world_size)
+    per_rank = _per_rank(layout, count)
     return [min(layout.rank * per_rank + i, count - 1) for i in range(per_rank)]
-
-
-def _grade_one(task: Task, prompt: Prompt, completion: list[int]) -> float:
-    try:
-        return float(task.grade(prompt, completion))
-    except (Exception, SystemExit):
-        # A grader is foreign code: whatever it raises is one failed grade, which is counted.
-        return float("nan")

@@ -1,0 +1,5 @@
+"""A grader whose import ends the process."""
+
+import os
+
+os._exit(7)

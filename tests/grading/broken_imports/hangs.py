@@ -1,0 +1,5 @@
+"""A grader whose import does not end."""
+
+import time
+
+time.sleep(600)

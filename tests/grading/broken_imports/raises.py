@@ -1,0 +1,3 @@
+"""A grader that cannot be imported."""
+
+raise RuntimeError("cannot be imported")
