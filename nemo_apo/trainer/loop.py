@@ -29,8 +29,9 @@ from nemo_apo.parallel.layout import Layout
 from nemo_apo.step_metrics import step_figures
 from nemo_apo.trainer import checkpoint
 from nemo_apo.trainer.anchors import RememberedWeights
-from nemo_apo.trainer.checkpoint import SaveFailed, TrainerState
+from nemo_apo.trainer.checkpoint import TrainerState
 from nemo_apo.trainer.checkpoint_search import checkpoint_folders, newest_verified, set_aside
+from nemo_apo.trainer.checkpoint_write import SaveFailed
 from nemo_apo.trainer.durable_files import make_folders, replace_text
 from nemo_apo.trainer.evaluation import Evaluation, evaluate
 from nemo_apo.trainer.metrics import MetricsLog

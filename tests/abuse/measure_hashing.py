@@ -13,7 +13,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from nemo_apo.trainer import checkpoint, durable_files
+from nemo_apo.trainer import checkpoint_write, durable_files
 from nemo_apo.trainer.durable_files import FileRecord
 from tests.parallel.ranks import run_ranks
 from tests.trainer.tiny_runs import TINY_MODEL, tiny_config
@@ -50,7 +50,7 @@ def measure(folder: Path) -> tuple[list[float], list[float], int]:
     for _ in range(ROUNDS):
         for digests in (True, False):
             step += 1
-            checkpoint.settle_file = settle if digests else without_digest
+            checkpoint_write.settle_file = settle if digests else without_digest
             began = time.perf_counter()
             saved = save_at(folder, training, step)
             seconds[digests].append(time.perf_counter() - began)
