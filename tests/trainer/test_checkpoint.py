@@ -156,7 +156,7 @@ class OtherPrompts(TokenSumTask):
 
     def train_prompts(self, count: int, task_rng: Random) -> list[Prompt]:
         prompts = super().train_prompts(count, task_rng)
-        return [*prompts[1:], prompts[0]]
+        return [*prompts[:-1], prompts[0]]
 
 
 @dataclass(frozen=True)
