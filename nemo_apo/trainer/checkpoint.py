@@ -159,6 +159,8 @@ def load(
         CheckpointError: if the checkpoint belongs to another configuration or format.
     """
     folder = found.folder
+    if STATE_FILE not in found.manifest.files:
+        raise CheckpointError(f"cannot resume from {folder}: it holds weights alone")
     content = json.loads((folder / STATE_FILE).read_text())
     if content["format"] != _FORMAT:
         raise CheckpointError(f"{folder} has format {content['format']}, expected {_FORMAT}")
