@@ -41,6 +41,7 @@ ALLOWED_CHANGES = (
     "anchor",
     "regularizers",
     "rollout",
+    "grading",
     "optimizer",
 )
 # Metrics of which more is better.

@@ -326,6 +326,11 @@ class TestMistakes:
             ["run.if_exists=ask"],
             ["run.console=loud"],
             ["run.threads=0"],
+            ["run.keep_last=0"],
+            ["run.keep_best=-1"],
+            ["run.keep_best_metric=policy/kl_reference"],
+            ["run.allow_changed=task"],
+            ["run.allow_changed=[1]"],
             ["run.seed=-1"],
             ["diagnostics.window=1"],
             ["diagnostics.heavy_tail=-1"],
@@ -336,6 +341,30 @@ class TestMistakes:
         message = refusal(*overrides)
         assert overrides[-1].split("=")[0].split(".")[1] in message
         assert " must " in message
+
+    @pytest.mark.parametrize(
+        ("overrides", "message"),
+        [
+            (
+                ["run.allow_changed=[task,model]"],
+                "run.allow_changed=model: may hold task, objective, schedule, tau, anchor, "
+                "regularizers, rollout, optimizer",
+            ),
+            (["run.keep_best=2"], "run.keep_best=2: needs run.keep_last, else all are kept"),
+            (
+                ["run.keep_best=2", "run.keep_last=1", "run.save_every=5"],
+                "run.save_every=5: must be a multiple of evaluation.every=10, else no checkpoint "
+                "has the run.keep_best_metric=eval/accuracy that run.keep_best goes by",
+            ),
+        ],
+    )
+    def test_what_is_kept_and_what_may_change(self, overrides: list[str], message: str) -> None:
+        assert refusal(*overrides) == message
+
+    def test_a_metric_of_every_step_ranks_checkpoints_of_any_step(self) -> None:
+        overrides = ["run.keep_best=2", "run.keep_last=1", "run.save_every=5"]
+        validate(compose([*overrides, "run.keep_best_metric=reward/mean"]), 1)
+        assert compose(["run.allow_changed=[task,tau]"]).run.allow_changed == ["task", "tau"]
 
     def test_prompts_that_mini_batches_do_not_divide(self) -> None:
         message = refusal("rollout.prompts=30", "update.mini_batches=4")

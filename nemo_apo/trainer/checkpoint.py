@@ -11,15 +11,13 @@ before its seal has been verified (``checkpoint_search``).
 import dataclasses
 import json
 import math
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import safetensors.torch
-import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch.distributed.checkpoint import CheckpointException
 
@@ -27,35 +25,25 @@ from nemo_apo.config import Config
 from nemo_apo.core.alpha_schedule import ScheduleState
 from nemo_apo.core.diagnostics import DiagnosticsState
 from nemo_apo.parallel.layout import Layout
-from nemo_apo.parallel.together import RankError, on_first, together
+from nemo_apo.parallel.together import RankError, on_first
 from nemo_apo.trainer.anchors import ROLES, RememberedWeights
 from nemo_apo.trainer.checkpoint_search import CheckpointError, Verified, free_name, verify
-from nemo_apo.trainer.durable_files import (
-    FileRecord,
-    make_partial,
-    publish,
-    remove_folder,
-    remove_leftovers,
-    settle_file,
-)
+from nemo_apo.trainer.checkpoint_write import SaveFailed, write_sealed
+from nemo_apo.trainer.durable_files import make_partial, remove_folder, remove_leftovers
 from nemo_apo.trainer.fixed_config import PROMPTS, changes, fingerprint, fixed_values
 from nemo_apo.trainer.optimizer_state import optimizer_entries, take_optimizer
 from nemo_apo.trainer.pending import StoredRollout
 from nemo_apo.trainer.policy import Policy
 from nemo_apo.trainer.random_state import read_random_state, set_random_state
 from nemo_apo.trainer.retention import METRICS, Kept, prune
-from nemo_apo.trainer.sealed_folder import DamagedFolder, seal
-from nemo_apo.trainer.shard_files import read_shards, write_shards
+from nemo_apo.trainer.sealed_folder import DamagedFolder
+from nemo_apo.trainer.shard_files import read_shards
 
 STATE_FILE = "trainer_state.json"
 ROLLOUT_FILE = "rollout.safetensors"
 _FORMAT = 4
 # Keys of the state file where there is a rollout.
 _ROLLOUT, _UPDATE = "rollout", "update"
-
-
-class SaveFailed(RuntimeError):
-    """A checkpoint could not be written, or an old one not removed; the newest is whole."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +136,7 @@ def save(
         return make_partial(root, f"step_{state.step:06d}")
 
     entries = _sharded(policy, remembered, is_loading=False)
-    folder = _write(prepare, lambda: free_name(root, state.step), entries, own, about)
+    folder = write_sealed(prepare, lambda: free_name(root, state.step), entries, own, about)
     kept = Kept(run.keep_last, run.keep_best, run.keep_best_metric)
     try:
         on_first(lambda: prune(root, folder, kept))
@@ -170,52 +158,7 @@ def save_weights(folder: Path, policy: Policy) -> None:
         return folder
 
     entries = {"model": _chunks(policy)}
-    _write(lambda: make_partial(folder.parent, folder.name), name, entries, {}, {})
-
-
-def _write(
-    prepare: Callable[[], Path],
-    name: Callable[[], Path],
-    entries: dict[str, Any],
-    contents: Mapping[str, bytes],
-    about: Mapping[str, Any],
-) -> Path:
-    """Write, settle and seal a folder, then give it its name; collective.
-
-    Args:
-        prepare: makes the hidden folder, on rank 0.
-        name: gives the folder's name once it is complete, on rank 0.
-        entries: megatron's entries.
-        contents: this rank's other files.
-        about: what the manifest says besides.
-    """
-    partial = None
-    try:
-        partial = on_first(prepare)
-        own = write_shards(partial, entries)
-        records = together(lambda: _settle(partial, own, contents))
-        files = {name: record for of_rank in records for name, record in of_rank.items()}
-
-        def finish() -> Path:
-            seal(partial, files, about)
-            folder = name()
-            publish(partial, folder)
-            return folder
-
-        return on_first(finish)
-    except RankError as error:
-        if partial is not None and dist.get_rank() == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise SaveFailed(
-            f"no checkpoint could be written ({error}); earlier ones are untouched"
-        ) from error
-
-
-def _settle(folder: Path, own: list[str], contents: Mapping[str, bytes]) -> dict[str, FileRecord]:
-    """Write this rank's other files, then see all that it wrote onto the disk."""
-    for name, content in contents.items():
-        (folder / name).write_bytes(content)
-    return {name: settle_file(folder / name) for name in [*own, *contents]}
+    write_sealed(lambda: make_partial(folder.parent, folder.name), name, entries, {}, {})
 
 
 def _json(content: Any) -> bytes:
@@ -234,6 +177,8 @@ def load(
         CheckpointError: if the checkpoint belongs to another configuration or format.
     """
     folder = found.folder
+    if STATE_FILE not in found.manifest.files:
+        raise CheckpointError(f"cannot resume from {folder}: it holds weights alone")
     content = json.loads((folder / STATE_FILE).read_text())
     if content["format"] != _FORMAT:
         raise CheckpointError(f"{folder} has format {content['format']}, expected {_FORMAT}")

@@ -13,6 +13,8 @@ from nemo_apo.tasks import Task
 VOCABULARY, PROMPTS, SEED = "task.vocab_size", "task.prompts_sha256", "run.seed"
 # The weights themselves depend on these.
 _NEVER = ("model.", VOCABULARY, SEED)
+# Where only some keys of a section decide what data means; the others are limits.
+_MEANING = {"grading": ("grader", "tolerance")}
 _FINGERPRINT_PROMPTS = 64
 
 
@@ -22,6 +24,7 @@ def fixed_values(config: Config) -> dict[str, Any]:
         f"{section}.{key}": value
         for section in ("model", *ALLOWED_CHANGES)
         for key, value in dataclasses.asdict(getattr(config, section)).items()
+        if key in _MEANING.get(section, (key,))
     }
     task = config.task
     values |= {

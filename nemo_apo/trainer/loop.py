@@ -29,8 +29,9 @@ from nemo_apo.parallel.liveness import Liveness, RanksLost, end_silent, told
 from nemo_apo.step_metrics import step_figures
 from nemo_apo.trainer import checkpoint
 from nemo_apo.trainer.anchors import RememberedWeights
-from nemo_apo.trainer.checkpoint import SaveFailed, TrainerState
+from nemo_apo.trainer.checkpoint import TrainerState
 from nemo_apo.trainer.checkpoint_search import newest_verified, set_aside
+from nemo_apo.trainer.checkpoint_write import SaveFailed
 from nemo_apo.trainer.durable_files import replace_text
 from nemo_apo.trainer.evaluation import Evaluation, evaluate
 from nemo_apo.trainer.interruption import Interruption, StopCheck, StoppedEarly, check_stop

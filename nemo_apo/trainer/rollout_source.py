@@ -99,13 +99,9 @@ class RolloutSource:
         for prompt in distinct:
             check_tokens(torch.tensor(prompt.tokens), task.vocab_size)
         draws = uniforms(config.run.seed, stream, len(prompts), task.max_response_length)
-<<<<<<< HEAD
         completions = complete(self.policy, task, config.rollout, prompts, draws, self.stop)
-=======
-        completions = complete(self.policy, task, config.rollout, prompts, draws)
         graded = grade(self.policy.layout, self.grading, task, prompts, completions)
         self._failures.update(graded.failures)
->>>>>>> grading-workers
         group_ids_N = torch.arange(count).repeat_interleave(size)
         rollouts = assemble(
             prompts,

@@ -20,8 +20,6 @@ from nemo_apo.trainer.durable_files import FileRecord, read_record, settle_file
 
 MANIFEST_FILE = "manifest.json"
 FORMAT = 1
-# A digest in hex, for the shape of a record.
-_DIGEST_LENGTH = 64
 
 
 class DamagedFolder(ValueError):

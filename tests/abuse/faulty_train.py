@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nemo_apo.cli import main
-from nemo_apo.trainer import checkpoint, rollout_source
+from nemo_apo.trainer import checkpoint_write, rollout_source
 from nemo_apo.trainer.policy import Policy
 
 _FORWARD_CALL, _BACKWARD_CALL = 2 * 4 + 2, 2 * 16 + 6
@@ -74,7 +74,7 @@ def _in_forward(number: int) -> None:
 
 
 def _in_save(number: int) -> None:
-    checkpoint.write_shards = _faulty(checkpoint.write_shards, number)
+    checkpoint_write.write_shards = _faulty(checkpoint_write.write_shards, number)
 
 
 PHASES: dict[str, Callable[[int], None]] = {

@@ -129,6 +129,15 @@ def test_an_added_file_is_named(root: Path) -> None:
     assert find(root) == [("step_000002", "more.pt is not in the manifest")]
 
 
+def test_a_manifest_with_one_changed_value_is_named(root: Path) -> None:
+    """A value that no file contradicts: the step."""
+    path = root / "step_000002" / MANIFEST_FILE
+    text = path.read_text()
+    assert text.count('"step": 2') == 1
+    path.write_text(text.replace('"step": 2', '"step": 3'))
+    assert find(root) == [("step_000002", "manifest.json does not match its own digest")]
+
+
 def test_what_is_wrong_is_named_and_the_damaged_folder_set_aside(root: Path) -> None:
     os.truncate(root / "step_000002" / "common.pt", 10)
     ((name, reason),) = find(root)

@@ -15,8 +15,8 @@ import torch.distributed as dist
 
 from nemo_apo.config import Config
 from nemo_apo.parallel.gather import all_gather_objects
-from nemo_apo.trainer.checkpoint import SaveFailed
 from nemo_apo.trainer.checkpoint_search import newest_verified
+from nemo_apo.trainer.checkpoint_write import SaveFailed
 from tests.parallel.ranks import run_ranks
 from tests.trainer.tiny_runs import parallel
 

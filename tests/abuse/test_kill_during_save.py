@@ -56,13 +56,13 @@ class Trap:
 
     def __init__(self, kill_at: int | None) -> None:
         self.kill_at = kill_at
-        self.count = 0
+        self.names: list[str] = []
 
     def __call__(self, frame: FrameType, event: str, called: Any) -> None:
         if event != "c_call" or called.__name__ not in _FILE_CALLS:
             return
-        self.count += 1
-        if self.count == self.kill_at:
+        self.names.append(called.__name__)
+        if len(self.names) == self.kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def around(self, work: Callable[[], object]) -> None:
@@ -75,12 +75,24 @@ class Trap:
             threading.setprofile(None)  # type: ignore[arg-type]
 
 
-def save_b(root: Path, config: Config, kill_at: int | None, victim: int = 0) -> int:
-    """Save B, killing the victim at a call; the number of calls if it lives."""
+def save_b(root: Path, config: Config, kill_at: int | None, victim: int = 0) -> list[str]:
+    """Save B, killing the victim at a call; the calls of this rank if it lives."""
     training = at(STEP["B"], config, initialize(config))
     trap = Trap(kill_at if dist.get_rank() == victim else None)
     trap.around(lambda: save_at(root, training, STEP["B"]))
-    return trap.count
+    return trap.names
+
+
+def points_among(calls: list[str], count: int) -> list[int]:
+    """Where to kill: at each rename and the two calls after it, where folders change names, and
+    spread over the other calls; most of these write a few bytes each.
+    """
+    numbers = range(1, len(calls) + 1)
+    renames = [number for number in numbers if calls[number - 1] == "rename"]
+    near = {number + later for number in renames for later in range(3)} & set(numbers)
+    rare = [number for number in numbers if calls[number - 1] != "write"]
+    among_rare = {rare[index - 1] for index in spread(len(rare), count // 2)}
+    return sorted({*near, *among_rare, *spread(len(calls), count // 2)})
 
 
 def killed(root: Path, config: Config, point: int, ranks: int = 1, victim: int = 0) -> bool:
@@ -102,25 +114,28 @@ def check(found: list[Outcome], seen: set[str]) -> None:
     assert {outcome.left for outcome in found} == {("step_000003",)}
 
 
+@pytest.mark.slow(reason="a process is killed for every point")
 def test_a_kill_at_any_call_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
     config, original = abuse_config(), tmp_path / "a"
     save_a(original, config)
     counting = copies(original, 1, "count")[0]
-    total = run_ranks(1, save_b, counting, config, None)[0]
-    points = spread(total, tries(16, 400))
+    calls = run_ranks(1, save_b, counting, config, None)[0]
+    points = points_among(calls, tries(12, 400))
     roots = copies(original, len(points))
     for root, point in zip(roots, points, strict=True):
         assert killed(root, config, point)
     check(outcomes(roots, config), {"A", "B"})
-    report(f"SIGKILL at a file call of a save ({total} calls)", len(points))
+    report(f"SIGKILL at a file call of a save ({len(calls)} calls)", len(points))
 
 
+@pytest.mark.slow(reason="two processes are started for every point")
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_kill_of_one_of_two_ranks_leaves_a_whole_checkpoint(victim: int, tmp_path: Path) -> None:
     config, original = replace(abuse_config(), parallel=parallel(2, 1)), tmp_path / "a"
     save_a(original, config, ranks=2)
-    total = run_ranks(2, save_b, copies(original, 1, "count")[0], config, None, victim)[victim]
-    points = spread(total, tries(3, 60))
+    counting = copies(original, 1, "count")[0]
+    calls = run_ranks(2, save_b, counting, config, None, victim)[victim]
+    points = spread(len(calls), tries(2, 60))
     roots = copies(original, len(points))
     for root, point in zip(roots, points, strict=True):
         assert killed(root, config, point, 2, victim)
@@ -147,6 +162,7 @@ def calls_of_main_thread(trace: Path, root: Path) -> list[tuple[str, int]]:
     return calls
 
 
+@pytest.mark.slow(reason="a process is killed for every point")
 @pytest.mark.skipif(shutil.which("strace") is None, reason="NOT TESTED: no strace here")
 def test_a_kill_at_any_system_call_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
     config, original = abuse_config(), tmp_path / "a"

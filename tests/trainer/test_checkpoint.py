@@ -151,13 +151,24 @@ def test_a_checkpoint_of_another_format_is_refused(
     assert "has format 99, expected 3" in run_ranks(1, work)[0]
 
 
+def test_weights_alone_cannot_be_resumed(tmp_path: Path) -> None:
+    def work() -> str:
+        training = begin(tiny_config())
+        checkpoint.save_weights(tmp_path / "step_000001", training.policy)
+        with pytest.raises(CheckpointError) as info:
+            load(tmp_path, training, training.config)
+        return str(info.value)
+
+    assert "it holds weights alone" in run_ranks(1, work)[0]
+
+
 @dataclass(frozen=True)
 class OtherPrompts(TokenSumTask):
     """The settings of the tiny task, with other data behind them."""
 
     def train_prompts(self, count: int, task_rng: Random) -> list[Prompt]:
         prompts = super().train_prompts(count, task_rng)
-        return [*prompts[1:], prompts[0]]
+        return [*prompts[:-1], prompts[0]]
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """A stopped and resumed run goes on exactly as the run that was never stopped."""
 
 import json
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -154,6 +155,31 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Path]:
     config = tiny_config()
     train(prepared(config, root, "stopped", stop_after=1))
     return config, root
+
+
+def test_a_damaged_checkpoint_is_named_and_the_run_goes_on_from_the_one_before(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    every = {"save_every": 2, "keep_last": 2}
+    config = tiny_config(schedule=LIVELY)
+    for name in ("whole", "damaged"):
+        train(prepared(config, tmp_path, name, **every))
+    folder = tmp_path / "damaged" / record.CHECKPOINT_DIR
+    os.truncate(folder / "step_000006" / "common.pt", 7)
+    resumed = prepared(config, tmp_path, "damaged", if_exists="resume", console="plain", **every)
+    train(resumed)
+    told = " ".join(capfd.readouterr().out.split())
+    assert "step_000006 is damaged and was passed over: common.pt has 7 bytes" in told
+    assert "at step 4" in told
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "damaged_step_000006",
+        "step_000004",
+        "step_000006",
+    ]
+    assert metrics(tmp_path, "damaged") == metrics(tmp_path, "whole")
+    (tensors, _), *_ = checkpoint_at_the_end(resumed)
+    (wanted, _), *_ = checkpoint_at_the_end(prepared(config, tmp_path, "whole", **every))
+    assert bits_equal(tensors, wanted)
 
 
 def test_weights_of_what_is_no_checkpoint_are_refused(tmp_path: Path) -> None:
