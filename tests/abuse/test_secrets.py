@@ -1,4 +1,4 @@
-"""What the environment holds in secret stays there: canaries, looked for in all that a run leaves."""
+"""Secrets of the environment stay there: canaries, looked for in all that a run leaves behind."""
 
 import os
 import subprocess
