@@ -111,7 +111,7 @@ class RunConfig:
     keep_last: int | None = None
     keep_best: int = 0
     keep_best_metric: str = "eval/accuracy"
-    allow_changed: list[str] = field(default_factory=list)
+    allow_changed: tuple[str, ...] = ()
     max_time: str | None = None
     stop_after: int | None = None
     threads: int | None = 1
@@ -120,6 +120,10 @@ class RunConfig:
     wandb: bool = False
     wandb_project: str = "nemo_apo"
     report: bool = True
+
+    def __post_init__(self) -> None:
+        # OmegaConf reads a list, which would leave a configuration without a hash.
+        object.__setattr__(self, "allow_changed", tuple(self.allow_changed))
 
 
 @dataclass(frozen=True)

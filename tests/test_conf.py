@@ -43,6 +43,8 @@ def config_with(section: str, name: str) -> list[str]:
 
 def literal(value: object) -> str:
     """A value as it is written on the command line."""
+    if isinstance(value, tuple):
+        return f"[{','.join(value)}]"
     return (
         "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
     )
@@ -348,7 +350,7 @@ class TestMistakes:
             (
                 ["run.allow_changed=[task,model]"],
                 "run.allow_changed=model: may hold task, objective, schedule, tau, anchor, "
-                "regularizers, rollout, optimizer",
+                "regularizers, rollout, grading, optimizer",
             ),
             (["run.keep_best=2"], "run.keep_best=2: needs run.keep_last, else all are kept"),
             (
@@ -364,7 +366,7 @@ class TestMistakes:
     def test_a_metric_of_every_step_ranks_checkpoints_of_any_step(self) -> None:
         overrides = ["run.keep_best=2", "run.keep_last=1", "run.save_every=5"]
         validate(compose([*overrides, "run.keep_best_metric=reward/mean"]), 1)
-        assert compose(["run.allow_changed=[task,tau]"]).run.allow_changed == ["task", "tau"]
+        assert compose(["run.allow_changed=[task,tau]"]).run.allow_changed == ("task", "tau")
 
     def test_prompts_that_mini_batches_do_not_divide(self) -> None:
         message = refusal("rollout.prompts=30", "update.mini_batches=4")

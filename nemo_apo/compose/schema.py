@@ -120,6 +120,8 @@ def shown(value: object) -> str:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, tuple):
+        return f"[{','.join(value)}]"
     return str(value)
 
 
@@ -194,7 +196,7 @@ def _check_type(key: str, value: object, hint: Any) -> None:
     kind = next(arg for arg in typing.get_args(hint) if arg is not type(None)) if optional else hint
     if value is None and optional:
         return
-    if kind == list[str]:
+    if kind == tuple[str, ...]:
         _check_names(key, value)
         return
     fits = type(value) is kind or (kind is float and type(value) is int)

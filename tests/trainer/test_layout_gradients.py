@@ -57,7 +57,7 @@ def _sgd(training: Training, steps: Steps, lr: float, loss_sum: float) -> Update
     for parameter, gradient in zip(policy.parameters(), own, strict=True):
         parameter.data.add_(gradient, alpha=-LEARNING_RATE)
     steps.weights.append(training.weights())
-    return Update(grad_norm=1.0, skipped=False)
+    return Update(grad_norm=1.0)
 
 
 @cache
