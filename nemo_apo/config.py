@@ -83,14 +83,14 @@ class RunConfig:
         if_exists: "error", "overwrite" or "resume" where the folder already holds a run.
         dry_run: check and print, train nothing.
         save_every: RL steps between checkpoints, the last step included; 0 saves none (but
-            ``stop_after`` still does).
+            stopping early and ``stop_after`` do).
         keep_last: newest checkpoints that are kept; null keeps all.
         keep_best: checkpoints that are kept besides, the best by ``keep_best_metric``.
         keep_best_metric: one of ``BEST_METRICS``.
         allow_changed: sections whose values may differ from those of the checkpoint that is
             resumed; any other change of a section that a checkpoint is tied to is refused.
-        max_time: "[days:]hours:minutes:seconds" from the start, after which the run stops early
-            and saves, to be resumed later; null is no limit.
+        max_time: "[days:]hours:minutes:seconds" from the start of the ranks, after which the run
+            stops early and saves, to be resumed later; null is no limit.
         stop_after: stop (and save) after this RL step, to be resumed later; null runs to the end.
         threads: CPU threads per rank; null shares the machine's cores among its ranks (the tiny
             model is fastest on one).
@@ -236,8 +236,8 @@ class UpdateConfig:
             speed, never the gradient.
         log_prob_micro_batch_size: sequences per forward without gradient.
         max_skipped_steps: optimizer steps skipped in a row (not finite) after which the run ends.
-        max_sampler_mismatch: mean gap of the sampler's and the trainer's log-probs, nats per token,
-            above which the run ends before it trains on the rollout; None is no limit.
+        max_sampler_mismatch: gap of the sampler's and the trainer's sequence log-probs, nats per
+            token, above which the run ends before it trains on the rollout; None is no limit.
         monitor_reference_kl: measure the KL to the policy at the start of RL every step.
     """
 

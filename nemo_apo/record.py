@@ -123,7 +123,7 @@ METRICS: dict[str, MetricInfo] = {
     KL_REFERENCE: MetricInfo("KL to the reference", "nats/token"),
     MAX_LOG_RATIO: MetricInfo("largest |log q - log p|", "nats"),
     CLIPPED_SHARE: MetricInfo("clipped share"),
-    SAMPLER_MISMATCH: MetricInfo("sampler/trainer log-prob gap (mean)", "nats/token"),
+    SAMPLER_MISMATCH: MetricInfo("sampler/trainer sequence log-prob gap", "nats/token"),
     SAMPLER_MISMATCH_MAX: MetricInfo("sampler/trainer log-prob gap (largest)", "nats/sequence"),
     SAMPLER_WEIGHT_SPREAD: MetricInfo("spread of trainer/sampler importance weights"),
     OBJECTIVE_VALUE: MetricInfo("objective"),

@@ -69,11 +69,13 @@ class Tally:
         in_a_row: optimizer steps skipped in a row so far, earlier rollouts included.
         taken: optimizer steps of this rollout.
         skipped_because: those skipped, by what was not finite.
+        last_skip: what was not finite in the last of those.
     """
 
     in_a_row: int
     taken: int = 0
     skipped_because: Counter[str] = field(default_factory=Counter)
+    last_skip: str | None = None
     values: list[float] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)
     drifts_N: list[Tensor] = field(default_factory=list)
@@ -111,6 +113,7 @@ class Tally:
         """Take in an optimizer step that was skipped."""
         self.in_a_row += 1
         self.skipped_because[not_finite] += 1
+        self.last_skip = not_finite
 
     def weigh(
         self, objective: Objective, part: GroupBatch, alpha: float, anchor_is_old: bool
@@ -165,8 +168,9 @@ class Tally:
 def sampler_metrics(figures: SequenceFigures) -> dict[str, float]:
     """How far the sampler's own log-probs are from the trainer's, where it told them.
 
-    The mean is per token, the largest gap that of a sequence; the importance weights are those of
-    whole sequences, and their spread is the standard deviation over the mean.
+    All are of whole sequences, in which the gaps of tokens may cancel: the mean is the sum of their
+    sizes over the number of tokens; the spread is that of the importance weights, standard
+    deviation over mean.
     """
     if figures.sampler_logprob_sums_N is None:
         return {}

@@ -206,7 +206,8 @@ class _WeightGrad:
             torch.mm(slope_Tc.t(), hidden_TH, out=self.returned_vH[start:end])
 
 
-def _triton_chunks(count: int, width: int, dtype: torch.dtype, device: torch.device) -> Chunks:
+def _triton_chunks(*room: object) -> Chunks:
+    """They need no room of their own."""
     from nemo_apo.parallel.logprob_chunks_triton import TritonChunks
 
     return TritonChunks()

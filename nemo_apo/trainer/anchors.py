@@ -40,10 +40,6 @@ class RememberedWeights:
             anchor=policy.copy_weights() if moves else None,
         )
 
-    def of_anchor(self, anchor: AnchorConfig) -> list[Tensor] | None:
-        """The anchor's weights; None for "old"."""
-        return self.reference if anchor.name == "reference" else self.anchor
-
     @torch.no_grad()
     def advance(self, policy: Policy, anchor: AnchorConfig, steps_done: int) -> None:
         """Let a moving anchor follow the policy after an RL step (``steps_done`` counts it)."""

@@ -11,7 +11,7 @@ before its seal has been verified (``checkpoint_search``).
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -35,7 +35,7 @@ from nemo_apo.trainer.optimizer_state import optimizer_entries, take_optimizer
 from nemo_apo.trainer.pending import StoredRollout
 from nemo_apo.trainer.policy import Policy
 from nemo_apo.trainer.random_state import read_random_state, set_random_state
-from nemo_apo.trainer.retention import METRICS, Kept, prune
+from nemo_apo.trainer.retention import IN_ROLLOUT, METRICS, Kept, prune
 from nemo_apo.trainer.sealed_folder import DamagedFolder
 from nemo_apo.trainer.shard_files import read_shards
 
@@ -129,6 +129,7 @@ def save(
         "prompts_sha256": fixed[PROMPTS],
         "layout": _layout(layout, config),
         METRICS: {name: value for name, value in metrics.items() if math.isfinite(value)},
+        IN_ROLLOUT: rollout is not None,
     }
 
     def prepare() -> Path:
@@ -182,7 +183,9 @@ def load(
     content = json.loads((folder / STATE_FILE).read_text())
     if content["format"] != _FORMAT:
         raise CheckpointError(f"{folder} has format {content['format']}, expected {_FORMAT}")
-    _check_config(folder, content["config"], config)
+    # What is left of a rollout is trained as it began, so nothing may change.
+    allowed = () if _ROLLOUT in content else config.run.allow_changed
+    _check_config(folder, content["config"], config, allowed)
     _check_layout(folder, found.manifest.about["layout"], config)
     if content["remembered"] != _roles(remembered):
         raise CheckpointError(
@@ -201,7 +204,13 @@ def load(
     if found.manifest.about["layout"] == _layout(policy.layout, config):
         text = (folder / _random_file(policy.layout.rank)).read_text()
         set_random_state(json.loads(text), policy.layout.device)
-    return TrainerState.from_state_dict(content["state"]), _rollout(folder, content, config)
+    state = TrainerState.from_state_dict(content["state"])
+    if state.step > config.run.steps:
+        raise CheckpointError(
+            f"cannot resume from {folder}: run.steps={config.run.steps}: must be at least the "
+            f"checkpoint's {state.step}"
+        )
+    return state, _rollout(folder, content, config)
 
 
 def _rollout(folder: Path, content: dict[str, Any], config: Config) -> StoredRollout | None:
@@ -236,6 +245,8 @@ def load_weights(folder: Path, policy: Policy) -> None:
             f"warm_start.load={folder}: not a checkpoint folder, or a damaged one: {fault}"
         ) from None
     _take(policy, _read(folder, {"model": _chunks(policy)})["model"])
+    # Main weights of the optimizer, where it has some, would bring the old ones back.
+    policy.optimizer.reload_model_params()
 
 
 def _read(folder: Path, entries: dict[str, Any]) -> dict[str, Any]:
@@ -310,12 +321,14 @@ def _layout(layout: Layout, config: Config) -> dict[str, Any]:
     }
 
 
-def _check_config(folder: Path, saved: dict[str, Any], config: Config) -> None:
-    changed = changes(saved, fixed_values(config), config.run.allow_changed)
+def _check_config(
+    folder: Path, saved: dict[str, Any], config: Config, allowed: Collection[str]
+) -> None:
+    changed = changes(saved, fixed_values(config), allowed)
     if changed:
         raise CheckpointError(
             f"cannot resume from {folder}: {'; '.join(changed)} (run.allow_changed names sections "
-            "that may change)"
+            "that may change, but not within a rollout)"
         )
 
 

@@ -18,7 +18,8 @@ from nemo_apo.trainer.sealed_folder import (
     shape_faults,
 )
 
-# A step that was saved again, after its first checkpoint turned out damaged, has a second number.
+# A step that was saved again, after its first checkpoint turned out damaged or within the rollout
+# that follows it, has a second number.
 _NAME = re.compile(r"step_(\d{6,})(?:\.(\d+))?")
 DAMAGED = "damaged_"
 

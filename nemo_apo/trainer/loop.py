@@ -26,6 +26,7 @@ from nemo_apo.parallel import layout as parallel_layout
 from nemo_apo.parallel.gather import all_gather_objects
 from nemo_apo.parallel.layout import Layout
 from nemo_apo.parallel.liveness import Liveness, RanksLost, end_silent, told
+from nemo_apo.parallel.together import RankError, Result, on_first
 from nemo_apo.step_metrics import step_figures
 from nemo_apo.trainer import checkpoint
 from nemo_apo.trainer.anchors import RememberedWeights
@@ -163,6 +164,8 @@ class _Run:
         self._spent_before = 0.0
         # The RL step that the newest checkpoint is of.
         self._saved_step = -1
+        # The metrics of the last step that is done.
+        self._published: dict[str, float] = {}
 
     @property
     def wall_s(self) -> float:
@@ -194,8 +197,12 @@ class _Run:
                 warm_start_s=warm_start_s,
             )
         log = None
-        if self._first:
+
+        def open_log() -> None:
+            nonlocal log
             log = MetricsLog(self.folder, self.config, -1 if found is None else state.step)
+
+        self._on_first(open_log)
         try:
             if found is None:
                 state = self._evaluated_at_start(state, log)
@@ -215,8 +222,15 @@ class _Run:
         return wanted or self.config.update.monitor_reference_kl
 
     def _write_config(self) -> None:
-        if self._first:
-            replace_text(self.folder / record.CONFIG_FILE, to_yaml(self.config))
+        path, text = self.folder / record.CONFIG_FILE, to_yaml(self.config)
+        self._on_first(lambda: replace_text(path, text))
+
+    def _on_first(self, work: Callable[[], Result]) -> Result:
+        """Work of rank 0 alone, a full disk among its dangers, whose failure stops all ranks."""
+        try:
+            return on_first(work)
+        except RankError as error:
+            raise TrainingStopped(str(error)) from error
 
     def _warm_start(self) -> float:
         start = time.perf_counter()
@@ -277,7 +291,7 @@ class _Run:
             )
         except StoppedEarly:
             if self._saved_step != state.step:
-                self._save(state, remembered, {})
+                self._save(state, remembered, self._published)
             raise
         except StoppedInRollout as stop:
             self._save(state, remembered, {}, stop.rollout)
@@ -310,8 +324,12 @@ class _Run:
         metrics: dict[str, float],
         findings: list[Finding],
     ) -> None:
-        if log is not None:
+        def write() -> None:
+            assert log is not None
             log.write(step, metrics, findings)
+
+        self._on_first(write)
+        self._published = metrics
         self.view.update(step, metrics, [asdict(finding) for finding in findings])
 
     def _stop_if_useless(self, state: TrainerState, outcome: StepOutcome) -> None:
@@ -350,22 +368,24 @@ class _Run:
 
     def _summarize(self, state: TrainerState) -> None:
         memories = all_gather_objects(_peak_memory_mib(self.layout))
-        if not self._first:
-            return
-        summary = summarize(
-            self.folder,
-            self.config,
-            state,
-            self.layout,
-            wall_s=self.wall_s,
-            peak_memory_mib=max(memories),
-            versions=versions(),
-        )
-        write_summary(self.folder, summary)
-        self.view.note(
-            f"held-out accuracy {summary.accuracy_start:.3f} -> {summary.accuracy_final:.3f} "
-            f"in {summary.wall_s:.0f} s; {self.folder}"
-        )
+
+        def write() -> None:
+            summary = summarize(
+                self.folder,
+                self.config,
+                state,
+                self.layout,
+                wall_s=self.wall_s,
+                peak_memory_mib=max(memories),
+                versions=versions(),
+            )
+            write_summary(self.folder, summary)
+            self.view.note(
+                f"held-out accuracy {summary.accuracy_start:.3f} -> {summary.accuracy_final:.3f} "
+                f"in {summary.wall_s:.0f} s; {self.folder}"
+            )
+
+        self._on_first(write)
 
 
 def _evaluation_metrics(evaluation: Evaluation) -> dict[str, float]:

@@ -9,6 +9,8 @@ from nemo_apo.trainer.sealed_folder import DamagedFolder, read_manifest
 
 # Name of a checkpoint's metrics in what its manifest says about it.
 METRICS = "metrics"
+# Whether it was made between two optimizer steps, with the rollout that they share.
+IN_ROLLOUT = "in_rollout"
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,8 @@ def prune(root: Path, newest: Path, kept: Kept) -> list[Path]:
 def surplus(root: Path, kept: Kept) -> list[Path]:
     """Checkpoints that are beyond what is kept, newest first."""
     folders = checkpoint_folders(root)
-    latest_attempt = {order(folder)[0]: folder for folder in reversed(folders)}
-    current = [folder for folder in folders if latest_attempt[order(folder)[0]] == folder]
+    latest_attempt = {_moment(folder): folder for folder in reversed(folders)}
+    current = [folder for folder in folders if latest_attempt[_moment(folder)] == folder]
     staying = set(current if kept.last is None else current[: kept.last])
     scores = {
         folder: score for folder in current if (score := _score(folder, kept.metric)) is not None
@@ -49,6 +51,14 @@ def surplus(root: Path, kept: Kept) -> list[Path]:
     ranked = sorted(scores, key=lambda folder: (scores[folder], order(folder)), reverse=True)
     staying.update(ranked[: kept.best])
     return [folder for folder in folders if folder not in staying]
+
+
+def _moment(folder: Path) -> tuple[int, bool]:
+    """The step of a checkpoint, and whether it was made within the rollout that follows it."""
+    try:
+        return order(folder)[0], bool(read_manifest(folder).about.get(IN_ROLLOUT))
+    except DamagedFolder:
+        return order(folder)[0], False
 
 
 def _score(folder: Path, metric: str) -> float | None:

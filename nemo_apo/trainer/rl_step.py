@@ -37,7 +37,6 @@ from nemo_apo.step_metrics import (
     UpdateFigures,
     coefficient_error,
     rollout_metrics,
-    sampler_metrics,
     schedule_metrics,
 )
 from nemo_apo.tasks import Task
@@ -154,7 +153,7 @@ class RLStep:
             tally.in_a_row,
             rollout.samples,
             metrics,
-            next(reversed(tally.skipped_because), None),
+            tally.last_skip,
             mismatch,
         )
 
@@ -171,10 +170,11 @@ class RLStep:
         check_stop(self.stop)
         figures = _sequence_figures(pending.rollouts)
         watch.time(record.WEIGH_SECONDS, lambda: self._settle_into(pending, figures, step))
-        pending.metrics |= sampler_metrics(figures) | _reference_metrics(pending.rollouts)
+        pending.metrics |= _reference_metrics(pending.rollouts)
         if pending.batch is not None:
             pending.known_n = pending.batch.logprob_sums_N.clone()
-            self._step_schedule(pending, pending.batch, _finite(figures), step)
+            finite = figures.select(pending.row_N >= 0)
+            self._step_schedule(pending, pending.batch, finite, step)
         return pending
 
     def _again(self, step: int, stored: StoredRollout) -> PendingRollout:
@@ -225,7 +225,7 @@ class RLStep:
         if limit is None or gap is None or gap <= limit:
             return None
         return (
-            f"log-probs of sampler and trainer differ by {gap:.3g} nats per token on average "
+            f"log-probs of sampler and trainer differ by {gap:.3g} nats per token "
             f"(update.max_sampler_mismatch={limit})"
         )
 
@@ -390,10 +390,6 @@ class RLStep:
 
 def _since(began: float) -> float:
     return time.perf_counter() - began
-
-
-def _finite(figures: SequenceFigures) -> SequenceFigures:
-    return figures.select(in_finite_groups(figures))
 
 
 def _sequence_figures(rollouts: Rollouts) -> SequenceFigures:

@@ -174,7 +174,6 @@ def _in_processes(work: Callable[[Config], str], configs: list[Config], jobs: in
     # Imported before the fork, so that no worker spends seconds on it again.
     import nemo_apo.trainer.loop  # noqa: F401
 
-    # Not multiprocessing.Pool: its workers may not start the processes that write a checkpoint.
     context = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(jobs, mp_context=context) as pool:
         running = [pool.submit(work, config) for config in configs]

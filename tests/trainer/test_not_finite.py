@@ -1,5 +1,6 @@
 """Log-probs or coefficients that are not finite: the optimizer steps that hold them are skipped."""
 
+import json
 import math
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ from nemo_apo import record
 from nemo_apo.config import ParallelConfig, UpdateConfig
 from nemo_apo.core.alpha_schedule import ScheduleState
 from nemo_apo.core.objectives import Weighing
+from nemo_apo.step_metrics import Tally
 from nemo_apo.trainer.micro_batch import MicroBatch
 from nemo_apo.trainer.pending import PendingRollout
 from tests.parallel.ranks import run_ranks
@@ -79,12 +81,16 @@ def test_a_rollout_without_a_finite_group_changes_nothing() -> None:
         training = begin(CONFIG, None, SpoiledReading)
         assert isinstance(training.worker, SpoiledReading)
         training.worker.spoiled = (0, 4, 8, 12)
+        # Not even the gap to the sampler, which nothing can be said of, ends the run.
+        update = replace(CONFIG.update, max_sampler_mismatch=0.1)
+        training.worker.config = replace(CONFIG, update=update)
         before, state = training.policy.copy_weights(), ScheduleState(alpha=0.8)
         outcome = training.worker.run(0, state, 0, 3)
         assert (outcome.optimizer_steps, outcome.skipped, outcome.skipped_in_a_row) == (0, 2, 5)
         assert outcome.schedule_state == state
         assert bits_equal(training.policy.copy_weights(), before)
         assert record.ALPHA not in outcome.metrics
+        assert outcome.mismatch is None
 
     run_ranks(1, work)
 
@@ -107,6 +113,19 @@ def test_coefficients() -> None:
         assert steps == [8], "no forward pass for a step that is skipped"
 
     run_ranks(1, work)
+
+
+def test_the_last_reason_is_told() -> None:
+    tally = Tally(in_a_row=0)
+    for reason in ("loss", "gradient", "loss"):
+        tally.skip(reason)
+    assert tally.last_skip == "loss"
+    assert Tally.from_state_dict(json.loads(json.dumps(tally.state_dict()))) == tally
+    assert tally.skip_metrics() == {
+        record.SKIPPED_STEPS: 3,
+        record.SKIPPED_LOSS: 2,
+        record.SKIPPED_GRADIENT: 1,
+    }
 
 
 class OtherSampler(WatchedStep):

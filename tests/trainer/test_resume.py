@@ -191,15 +191,25 @@ def test_weights_of_what_is_no_checkpoint_are_refused(tmp_path: Path) -> None:
     run_ranks(1, load)
 
 
-def test_saved_weights_start_another_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "sharded"), [("float32", False), ("bfloat16", False), ("bfloat16", True)]
+)
+def test_saved_weights_start_another_run(dtype: str, sharded: bool, tmp_path: Path) -> None:
+    config = tiny_config(
+        model=replace(TINY_MODEL, params_dtype=dtype),
+        parallel=SHARDED if sharded else parallel(1, 1),
+    )
+
     def save_and_load() -> None:
-        layout = parallel_layout.initialize(parallel(1, 1), 0)
-        first = begin(tiny_config(), layout)
+        layout = parallel_layout.initialize(config.parallel, 0)
+        first = begin(config, layout)
         checkpoint.save_weights(tmp_path / "weights", first.policy)
-        config = tiny_config()
         other = begin(replace(config, run=replace(config.run, seed=5)), layout)
         assert not bits_equal(other.policy.copy_weights(), first.policy.copy_weights())
         checkpoint.load_weights(tmp_path / "weights", other.policy)
         assert bits_equal(other.policy.copy_weights(), first.policy.copy_weights())
+        # Nor does an optimizer step that goes nowhere bring the old ones back.
+        other.policy.update(lr=0.0, loss_sum=0.0)
+        assert bits_equal(other.policy.copy_weights(), first.policy.copy_weights())
 
-    run_ranks(1, save_and_load)
+    run_ranks(2 if sharded else 1, save_and_load)

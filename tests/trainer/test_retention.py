@@ -21,6 +21,34 @@ def make(root: Path, accuracies: dict[str, float | None]) -> None:
         seal(folder, {"file": settle_file(folder / "file")}, {"metrics": metrics})
 
 
+def make_in_rollout(root: Path, name: str) -> None:
+    """A checkpoint made within a rollout."""
+    folder = root / name
+    folder.mkdir()
+    (folder / "file").write_text(name)
+    about = {"metrics": {}, "in_rollout": True}
+    seal(folder, {"file": settle_file(folder / "file")}, about)
+
+
+@pytest.mark.parametrize(
+    ("kept", "gone"),
+    [
+        (Kept(None, 0, ACCURACY), []),
+        (Kept(1, 1, ACCURACY), ["step_000001"]),
+        (Kept(1, 0, ACCURACY), ["step_000002", "step_000001"]),
+    ],
+)
+def test_a_checkpoint_within_a_rollout_does_not_stand_for_the_one_before_it(
+    kept: Kept, gone: list[str], tmp_path: Path
+) -> None:
+    make(tmp_path, {"step_000001": 0.1, "step_000002": 0.9})
+    make_in_rollout(tmp_path, "step_000002.1")
+    assert names(surplus(tmp_path, kept)) == gone
+    # A later one of the same rollout replaces it.
+    make_in_rollout(tmp_path, "step_000002.2")
+    assert "step_000002.1" in names(surplus(tmp_path, kept))
+
+
 def names(folders: list[Path]) -> list[str]:
     return [folder.name for folder in folders]
 

@@ -15,6 +15,8 @@ from nemo_apo.config import AnchorConfig, Config, ParallelConfig, UpdateConfig
 from nemo_apo.trainer import loop
 from nemo_apo.trainer.checkpoint import ROLLOUT_FILE
 from nemo_apo.trainer.interruption import EXIT_STOPPED_EARLY, Interruption, StoppedEarly
+from nemo_apo.trainer.run_folder import TrainingStopped
+from tests.forked_ranks import RankFailure
 from tests.parallel.ranks import run_ranks
 
 from .resumed_runs import checkpoint_at_the_end, metrics, prepared, ranks_of, train
@@ -103,6 +105,50 @@ def test_another_cut_into_optimizer_steps_is_refused_within_a_rollout(tmp_path: 
     other = replace(config, update=replace(config.update, mini_batches=4, epochs=1))
     with pytest.raises(Exception, match=r"between the optimizer steps of a rollout(.|\n)*epochs"):
         train(other)
+
+
+def test_nothing_may_change_within_a_rollout(tmp_path: Path) -> None:
+    config = prepared(BASE, tmp_path, "run", steps=STEPS, if_exists="resume")
+    assert run_ranks(1, run_until_asked, config, 17) == [True]
+    allowed = replace(config.run, allow_changed=("optimizer",))
+    other = replace(config, run=allowed, optimizer=replace(config.optimizer, lr=1.0))
+    with pytest.raises(RankFailure, match=r"optimizer\.lr was 0\.001 and is now 1\.0"):
+        train(other)
+
+
+def test_fewer_steps_than_are_done_are_refused(tmp_path: Path) -> None:
+    train(prepared(BASE, tmp_path, "run", steps=STEPS, save_every=STEPS))
+    fewer = prepared(BASE, tmp_path, "run", steps=STEPS - 1, if_exists="resume")
+    with pytest.raises(RankFailure, match=r"run\.steps=3: must be at least the checkpoint's 4"):
+        train(fewer)
+
+
+def test_a_metrics_line_that_cannot_be_written_stops_all_ranks(tmp_path: Path) -> None:
+    config = prepared(BASE, tmp_path, "run", steps=STEPS)
+
+    def work() -> str:
+        evaluate = loop.evaluate
+
+        def then_blocked(*args: object) -> object:
+            (tmp_path / "run" / record.METRICS_FILE).mkdir(exist_ok=True)
+            return evaluate(*args)  # type: ignore[arg-type]
+
+        loop.evaluate = then_blocked  # type: ignore[assignment]
+        with pytest.raises(TrainingStopped) as stopped:
+            loop.run(config)
+        return str(stopped.value)
+
+    for told in run_ranks(2, work):
+        assert told.startswith("rank 0: IsADirectoryError: [Errno 21] Is a directory")
+
+
+def test_the_best_checkpoint_survives_a_stop_in_the_rollout_after_it(tmp_path: Path) -> None:
+    config = prepared(BASE, tmp_path, "run", steps=STEPS, save_every=2, if_exists="resume")
+    config = replace(config, run=replace(config.run, keep_last=1, keep_best=1))
+    # Ten checks of the warm start, seven of each of two steps, the last within the third rollout.
+    assert run_ranks(1, run_until_asked, config, 10 + 2 * 7 + 5) == [True]
+    folder = tmp_path / "run" / record.CHECKPOINT_DIR
+    assert sorted(path.name for path in folder.iterdir()) == ["step_000002", "step_000002.1"]
 
 
 OVERRIDES = [
