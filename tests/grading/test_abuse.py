@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from nemo_apo.grading import Grade
 from nemo_apo.grading import pool as pool_module
+from nemo_apo.grading.frames import write_frame
+from nemo_apo.grading.worker import IS_GRADE
 
 from .workers import LONG, MARK, grades, left_running, pool, running
 
@@ -209,6 +212,18 @@ def test_a_supervisor_stopped_while_idle_holds_up_nobody(
             assert (bad.reason, bad.detail) == ("timeout", "the supervisor is stuck")
             assert [grade.value for grade in good] == [0.25, 0.5]
         assert left_running(mark) == []
+
+
+def test_a_grade_for_a_sample_that_was_not_yet_sent_is_refused() -> None:
+    with pool(wall_s=20.0) as workers:
+        process = workers._workers[0].process
+        os.kill(process.pid, signal.SIGSTOP)
+        assert process.stdout is not None
+        forged = os.open(f"/proc/self/fd/{process.stdout.fileno()}", os.O_WRONLY)
+        write_frame(forged, IS_GRADE + Grade(9.0).to_bytes())
+        os.close(forged)
+        bad, good = grades(workers, "0" * 2**20 + "1", "0.25")
+    assert (bad.reason, good.value) == ("protocol", 0.25)
 
 
 def test_a_bool_and_an_integer_are_numbers() -> None:
