@@ -151,9 +151,14 @@ class TestStart:
             with pytest.raises(GradingBroken, match="No module named 'once'"):
                 grades(workers, "0.25", "0.5")
 
-    @pytest.mark.parametrize("number", ["SIGTERM", "SIGKILL", "SIGSTOP"])
+    @pytest.mark.parametrize(
+        ("number", "times"),
+        # A stopped worker is waited for.
+        [(signal.SIGTERM, 2), (signal.SIGKILL, 2), (signal.SIGSTOP, 1)],
+        ids=["SIGTERM", "SIGKILL", "SIGSTOP"],
+    )
     def test_a_worker_that_a_signal_ends_before_it_is_ready_is_launched_again(
-        self, number: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, number: int, times: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         mark = uuid.uuid4().hex
         monkeypatch.setenv(MARK, mark)
@@ -161,13 +166,13 @@ class TestStart:
         (tmp_path / "slow.py").write_text(HELD.format(folder=tmp_path))
         monkeypatch.syspath_prepend(tmp_path)
         with pool(grader="slow:grade", start_s=3.0) as workers:
-            for _ in range(2):
+            for _ in range(times):
                 (tmp_path / "importing").unlink()
                 (tmp_path / "held").touch()
                 (bad,) = grades(workers, "exit")
                 while not (tmp_path / "importing").exists():
                     time.sleep(0.01)
-                os.kill(workers._workers[0].process.pid, getattr(signal, number))
+                os.kill(workers._workers[0].process.pid, number)
                 (tmp_path / "held").unlink()
                 assert bad.reason == "exited"
                 assert [grade.value for grade in grades(workers, "0.25", "0.5")] == [0.25, 0.5]
