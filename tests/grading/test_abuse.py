@@ -214,6 +214,16 @@ def test_a_supervisor_stopped_while_idle_holds_up_nobody(
         assert left_running(mark) == []
 
 
+@pytest.mark.parametrize("length", [1, 2**20])
+def test_a_supervisor_that_ended_while_idle_fails_one_grade(length: int) -> None:
+    with pool() as workers:
+        process = workers._workers[0].process
+        process.terminate()
+        process.wait()
+        bad, good = grades(workers, "1".zfill(length), "0.25")
+    assert (bad.reason, good.value) == ("exited", 0.25)
+
+
 def test_a_grade_for_a_sample_that_was_not_yet_sent_is_refused() -> None:
     with pool(wall_s=20.0) as workers:
         process = workers._workers[0].process
