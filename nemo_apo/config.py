@@ -18,6 +18,7 @@ from nemo_apo.core.filtering import GroupRules
 from nemo_apo.core.objectives import OBJECTIVES, Apo, Objective, Regularizers
 from nemo_apo.core.temperature import TEMPERATURES, FixedTemperature, Temperature
 from nemo_apo.grading.graders import GRADERS, NEEDS_WORKER
+from nemo_apo.grading.pool import longest_call_s
 from nemo_apo.grading.settings import TASK_GRADER, GradingSettings
 from nemo_apo.tasks import TASKS, SortTask, Task
 
@@ -543,9 +544,9 @@ def _check_grading(grading: GradingSettings, parallel: ParallelConfig) -> None:
     isolated = grading.workers > 0 or not (by_path or grading.grader in NEEDS_WORKER)
     require(isolated, "grading.workers", grading.workers, rule)
     _refuse_unread_grading(grading)
-    rule = "with grading.wall_s and grading.start_s must be less than the seconds of "
-    rule += f"parallel.timeout_minutes={parallel.timeout_minutes:g}: the other ranks wait so long"
-    longest_s = grading.total_s + grading.wall_s + grading.start_s
+    longest_s = longest_call_s(grading)
+    rule = "must be less: with grading.wall_s, grading.start_s twice and graces a call may last "
+    rule += f"{longest_s:g} s, but ranks wait parallel.timeout_minutes={parallel.timeout_minutes:g}"
     in_time = grading.workers == 0 or longest_s < 60.0 * parallel.timeout_minutes
     require(in_time, "grading.total_s", grading.total_s, rule)
 

@@ -297,7 +297,7 @@ class TestMistakes:
             ["grading.workers=1", "grading.memory_mib=64"],
             ["grading.workers=1", "grading.file_mib=-1"],
             ["grading.workers=1", "grading.processes=0"],
-            ["grading.workers=1", "grading.total_s=530"],
+            ["grading.workers=1", "grading.total_s=413"],
             ["grading.grader=numeric", "grading.tolerance=-1"],
             ["rollout.group_size=1"],
             ["rollout.prompts=0"],
@@ -377,6 +377,13 @@ class TestMistakes:
         message = refusal(f"grading.grader='{grader}'")
         assert message.startswith("grading.workers=0: must be at least 1 for this grader")
         validate(compose([f"grading.grader='{grader}'", "grading.workers=1"]), 1)
+
+    def test_ranks_wait_longer_than_a_call_may_last(self) -> None:
+        # Beside total_s: wall_s=10 and a grace of 15, twice start_s=60 and 15, 12 to end; 187.
+        validate(compose(["grading.workers=1", "grading.total_s=412"]), 1)
+        message = refusal("grading.workers=1", "grading.total_s=413")
+        assert message.startswith("grading.total_s=413.0: must be less: ")
+        assert "a call may last 600 s, but ranks wait parallel.timeout_minutes=10" in message
 
     @pytest.mark.parametrize(
         ("override", "reason"),

@@ -17,9 +17,43 @@ def write_frame(fd: int, payload: bytes) -> None:
     Raises:
         OSError: if nobody reads any more.
     """
-    data = memoryview(_LENGTH.pack(len(payload)) + payload)
+    data = memoryview(_framed(payload))
     while data:
         data = data[os.write(fd, data) :]
+
+
+class FrameWriter:
+    """Writes messages to a pipe, which it makes non-blocking, and never waits for their reader.
+
+    Args:
+        fd: to write to.
+    """
+
+    def __init__(self, fd: int) -> None:
+        os.set_blocking(fd, False)
+        self.fd = fd
+        self._unsent = memoryview(b"")
+
+    @property
+    def pending(self) -> bool:
+        """Whether part of the last message has not been written."""
+        return bool(self._unsent)
+
+    def put(self, payload: bytes) -> None:
+        """Begin to write a message; ``flush`` goes on with it."""
+        assert not self._unsent
+        self._unsent = memoryview(_framed(payload))
+        self.flush()
+
+    def flush(self) -> None:
+        """Write as much as the pipe takes now; what nobody reads any more is dropped."""
+        try:
+            while self._unsent:
+                self._unsent = self._unsent[os.write(self.fd, self._unsent) :]
+        except BlockingIOError:
+            return
+        except BrokenPipeError:
+            self._unsent = memoryview(b"")
 
 
 class FrameReader:
@@ -65,3 +99,7 @@ class FrameReader:
             if not self.fill():
                 return None
         return message
+
+
+def _framed(payload: bytes) -> bytes:
+    return _LENGTH.pack(len(payload)) + payload

@@ -10,12 +10,12 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from nemo_apo.grading.frames import BadFrame, FrameReader, write_frame
+from nemo_apo.grading.frames import BadFrame, FrameReader, FrameWriter
 from nemo_apo.grading.limits import without_secrets
 from nemo_apo.grading.outcome import Grade
-from nemo_apo.grading.settings import Order, Sample
+from nemo_apo.grading.settings import GradingSettings, Order, Sample
 from nemo_apo.grading.worker import IS_BROKEN, IS_GRADE, IS_READY
 
 # Isolated, so that nothing beside the working directory shadows the standard library; the module
@@ -24,7 +24,15 @@ _BOOT = "import sys; sys.path[:] = sys.argv[1:]; from nemo_apo.grading.worker im
 _MESSAGE_BYTES = 4096
 # A supervisor that is this much later than its limits has been stopped or starved, seconds.
 _GRACE_S = 15.0
+# How long the supervisors of a pool may take to end what they have started, seconds.
 _LEAVE_S = 12.0
+
+
+def longest_call_s(settings: GradingSettings) -> float:
+    """Longest time that a rank takes for a call, workers started and given up included, seconds."""
+    # A worker that ends before it is ready is launched a second time.
+    start_s = 2.0 * (settings.start_s + _GRACE_S)
+    return start_s + settings.total_s + settings.wall_s + _GRACE_S + _LEAVE_S
 
 
 class GradingBroken(RuntimeError):
@@ -33,13 +41,20 @@ class GradingBroken(RuntimeError):
 
 @dataclass
 class _Worker:
-    """A supervisor process; ``index`` is its sample, None if it has none."""
+    """A supervisor process.
+
+    Attributes:
+        index: of its sample, None if it has none.
+        again: whether the one before it ended before it was ready.
+    """
 
     process: subprocess.Popen[bytes]
     reader: FrameReader
+    writer: FrameWriter
     deadline: float
     ready: bool = False
     index: int | None = None
+    again: bool = False
 
     @property
     def idle(self) -> bool:
@@ -54,7 +69,8 @@ class WorkerPool:
         order: task, grader and limits.
 
     Raises:
-        GradingBroken: if a worker cannot start, for example because its grader cannot be imported.
+        GradingBroken: if a worker cannot start, for example because its grader cannot be imported,
+            or ends before it is ready and so does the one in its place.
     """
 
     def __init__(self, order: Order) -> None:
@@ -70,11 +86,6 @@ class WorkerPool:
         except BaseException:
             self.close()
             raise
-
-    @property
-    def pids(self) -> list[int]:
-        """Process ids of the supervisors."""
-        return [worker.process.pid for worker in self._workers]
 
     def grade(self, samples: Sequence[Sample]) -> list[Grade]:
         """One grade per sample, in order, within the settings' limits.
@@ -111,26 +122,19 @@ class WorkerPool:
     def _send(self, worker: _Worker, index: int, sample: bytes) -> None:
         worker.index, worker.ready = index, False
         worker.deadline = time.monotonic() + self._settings.wall_s + _GRACE_S
-        assert worker.process.stdin is not None
-        # Where it has ended, the end of its pipe is about to be read.
-        with contextlib.suppress(BrokenPipeError):
-            write_frame(worker.process.stdin.fileno(), sample)
+        worker.writer.put(sample)
 
     def _step(self, grades: list[Grade | None]) -> None:
-        """Take in what the workers say, and replace those that ended or are overdue."""
+        """Exchange messages with the workers, and replace those that ended or are overdue."""
         busy = [worker for worker in self._workers if not worker.idle]
-        with selectors.DefaultSelector() as selector:
-            for worker in busy:
-                selector.register(worker.reader.fd, selectors.EVENT_READ, worker)
-            wait_s = min((worker.deadline for worker in busy), default=0.0) - time.monotonic()
-            ready = [key.data for key, _ in selector.select(min(max(wait_s, 0.0), 1.0))]
-        for worker in ready:
+        speaking = _exchange(busy)
+        for worker in speaking:
             if worker.reader.fill():
                 self._take_in(worker, grades)
             else:
                 self._replace(worker, grades, Grade.failed("exited", "the supervisor ended"))
         for worker in busy:
-            if worker not in ready and time.monotonic() > worker.deadline:
+            if worker not in speaking and time.monotonic() > worker.deadline:
                 self._replace(worker, grades, Grade.failed("timeout", "the supervisor is stuck"))
 
     def _take_in(self, worker: _Worker, grades: list[Grade | None]) -> None:
@@ -144,8 +148,8 @@ class WorkerPool:
         if kind == IS_BROKEN:
             raise GradingBroken(body.decode(errors="replace"))
         if kind == IS_READY:
-            worker.ready = True
-        elif kind == IS_GRADE and worker.index is not None:
+            worker.ready, worker.again = True, False
+        elif kind == IS_GRADE and worker.index is not None and not worker.writer.pending:
             grades[worker.index] = Grade.from_bytes(body)
             worker.index = None
             worker.deadline = time.monotonic() + self._settings.start_s + _GRACE_S
@@ -153,12 +157,19 @@ class WorkerPool:
             raise ValueError("a message out of turn")
 
     def _replace(self, worker: _Worker, grades: list[Grade | None], failed: Grade) -> None:
-        """A new supervisor in place of one; its sample, if it has one, has failed."""
+        """A new supervisor in place of one; its sample, if it has one, has failed.
+
+        One without a sample was not ready. A signal may have ended it; a second one in its place
+        tells that from a worker that can never start.
+        """
         status = _kill(worker.process)
-        if worker.index is None:
-            raise GradingBroken(f"a worker ended before it was ready, status {status}")
-        grades[worker.index] = failed
-        self._workers[self._workers.index(worker)] = self._launch()
+        if worker.again:
+            why = f"a worker ended before it was ready, twice ({failed.detail}, status {status})"
+            raise GradingBroken(why)
+        if worker.index is not None:
+            grades[worker.index] = failed
+        new = replace(self._launch(), again=worker.index is None)
+        self._workers[self._workers.index(worker)] = new
 
     def _launch(self) -> _Worker:
         path = [os.path.abspath(folder) for folder in sys.path] + [os.getcwd()]
@@ -174,10 +185,26 @@ class WorkerPool:
             raise GradingBroken(f"a worker could not be started: {error}") from None
         assert process.stdin is not None
         assert process.stdout is not None
-        with contextlib.suppress(BrokenPipeError):
-            write_frame(process.stdin.fileno(), self._order.to_bytes())
+        writer = FrameWriter(process.stdin.fileno())
+        writer.put(self._order.to_bytes())
+        reader = FrameReader(process.stdout.fileno(), _MESSAGE_BYTES)
         deadline = time.monotonic() + self._settings.start_s + _GRACE_S
-        return _Worker(process, FrameReader(process.stdout.fileno(), _MESSAGE_BYTES), deadline)
+        return _Worker(process, reader, writer, deadline)
+
+
+def _exchange(workers: list[_Worker]) -> list[_Worker]:
+    """Send what has not been sent; those that have something to read, after a second at most."""
+    with selectors.DefaultSelector() as selector:
+        for worker in workers:
+            selector.register(worker.reader.fd, selectors.EVENT_READ, worker)
+            if worker.writer.pending:
+                selector.register(worker.writer.fd, selectors.EVENT_WRITE, worker)
+        wait_s = min((worker.deadline for worker in workers), default=0.0) - time.monotonic()
+        events = selector.select(min(max(wait_s, 0.0), 1.0))
+    for key, event in events:
+        if event & selectors.EVENT_WRITE:
+            key.data.writer.flush()
+    return [key.data for key, event in events if event & selectors.EVENT_READ]
 
 
 def _end_all(workers: list[_Worker]) -> None:

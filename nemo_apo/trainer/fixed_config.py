@@ -23,8 +23,7 @@ def fixed_values(config: Config) -> dict[str, Any]:
     values = {
         f"{section}.{key}": value
         for section in ("model", *ALLOWED_CHANGES)
-        for key, value in dataclasses.asdict(getattr(config, section)).items()
-        if key in _MEANING.get(section, (key,))
+        for key, value in meaning(section, getattr(config, section)).items()
     }
     task = config.task
     values |= {
@@ -34,6 +33,12 @@ def fixed_values(config: Config) -> dict[str, Any]:
     }
     # As they come back from a file: a tuple as a list.
     return json.loads(json.dumps(values))
+
+
+def meaning(section: str, settings: Any) -> dict[str, Any]:
+    """The values of a section, a dataclass, without those that decide nothing that is learned."""
+    values = dataclasses.asdict(settings)
+    return {key: values[key] for key in _MEANING.get(section, values)}
 
 
 def fingerprint(values: Mapping[str, Any]) -> str:

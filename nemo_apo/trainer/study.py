@@ -18,6 +18,7 @@ from nemo_apo import record
 from nemo_apo.compose import compose
 from nemo_apo.config import Config
 from nemo_apo.core.objectives import OBJECTIVES
+from nemo_apo.trainer.fixed_config import meaning
 
 # Settings of every run of a study, none of which changes what is learnt: nothing on the screen,
 # evaluation at start and end only, larger micro-batches and no monitoring for speed.
@@ -153,12 +154,13 @@ def _is_finished(config: Config) -> bool:
 
 
 def _learning_sections(config: Config) -> tuple[object, ...]:
-    """Everything but where the run is written, its warm start was kept, and what it monitored."""
+    """Everything but where the run is written, its warm start was kept, what it monitored, and
+    the limits of its graders."""
     steps_and_seed = (config.run.steps, config.run.seed)
     warm_start = replace(config.warm_start, load=None)
     update = replace(config.update, monitor_reference_kl=False)
     apart = ("run", "warm_start", "update")
-    rest = [value for name, value in vars(config).items() if name not in apart]
+    rest = [meaning(name, value) for name, value in vars(config).items() if name not in apart]
     return (steps_and_seed, warm_start, update, *rest)
 
 

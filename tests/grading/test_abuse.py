@@ -1,10 +1,18 @@
 """Whatever a grader does, every sample has its slot, and the next sample has a worker."""
 
+import os
+import signal
+import threading
 import time
 import uuid
 from pathlib import Path
 
 import pytest
+
+from nemo_apo.grading import Grade
+from nemo_apo.grading import pool as pool_module
+from nemo_apo.grading.frames import write_frame
+from nemo_apo.grading.worker import IS_GRADE
 
 from .workers import LONG, MARK, grades, left_running, pool, running
 
@@ -186,6 +194,46 @@ def test_a_stopped_supervisor_is_replaced() -> None:
     with pool(wall_s=1.0) as workers:
         bad, good = grades(workers, "stop_supervisor", "0.25")
         assert (bad.reason, good.value) == ("timeout", 0.25)
+
+
+def test_a_supervisor_stopped_while_idle_holds_up_nobody(
+    mark: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool_module, "_GRACE_S", 1.0)
+    for _ in range(REPEATS):
+        with pool(workers=2, wall_s=2.0) as workers:
+            stopped = workers._workers[0].process
+            os.kill(stopped.pid, signal.SIGSTOP)
+            # Frees a trainer that would wait for ever; the reason is then another one.
+            rescue = threading.Timer(30.0, stopped.kill)
+            rescue.start()
+            bad, *good = grades(workers, "0" * 2**20 + "1", "0.25", "0.5")
+            rescue.cancel()
+            assert (bad.reason, bad.detail) == ("timeout", "the supervisor is stuck")
+            assert [grade.value for grade in good] == [0.25, 0.5]
+        assert left_running(mark) == []
+
+
+@pytest.mark.parametrize("length", [1, 2**20])
+def test_a_supervisor_that_ended_while_idle_fails_one_grade(length: int) -> None:
+    with pool() as workers:
+        process = workers._workers[0].process
+        process.terminate()
+        process.wait()
+        bad, good = grades(workers, "1".zfill(length), "0.25")
+    assert (bad.reason, good.value) == ("exited", 0.25)
+
+
+def test_a_grade_for_a_sample_that_was_not_yet_sent_is_refused() -> None:
+    with pool(wall_s=20.0) as workers:
+        process = workers._workers[0].process
+        os.kill(process.pid, signal.SIGSTOP)
+        assert process.stdout is not None
+        forged = os.open(f"/proc/self/fd/{process.stdout.fileno()}", os.O_WRONLY)
+        write_frame(forged, IS_GRADE + Grade(9.0).to_bytes())
+        os.close(forged)
+        bad, good = grades(workers, "0" * 2**20 + "1", "0.25")
+    assert (bad.reason, good.value) == ("protocol", 0.25)
 
 
 def test_a_bool_and_an_integer_are_numbers() -> None:

@@ -15,6 +15,7 @@ import torch
 
 import nemo_apo
 from nemo_apo.grading import GradingBroken
+from nemo_apo.grading import pool as pool_module
 from nemo_apo.grading.limits import without_secrets
 from nemo_apo.grading.pool import WorkerPool
 from nemo_apo.grading.settings import Order
@@ -23,6 +24,24 @@ from nemo_apo.tasks import SortTask
 from .workers import LONG, MARK, grades, left_running, pool, running, settings
 
 REPOSITORY = Path(nemo_apo.__file__).parent.parent
+# A grader whose process ends at "exit"; while there is a file "held", its import lasts.
+HELD = """
+import os, time
+from pathlib import Path
+Path("{folder}/importing").touch()
+while Path("{folder}/held").exists():
+    time.sleep(0.01)
+def grade(prompt, completion, reference):
+    return os._exit(1) if completion == "exit" else float(completion)
+"""
+# A grader whose import kills the supervisor and counts, but not for ever: a test may fail.
+KILLS_AT_IMPORT = """
+import os, signal
+from pathlib import Path
+Path("{folder}", str(os.getpid())).touch()
+if len(os.listdir("{folder}")) < 10:
+    os.kill(os.getppid(), signal.SIGKILL)
+"""
 # A trainer that starts workers, has them do something, and says so.
 TRAINER = """
 import sys, threading, time
@@ -131,6 +150,45 @@ class TestStart:
             (tmp_path / "once.py").unlink()
             with pytest.raises(GradingBroken, match="No module named 'once'"):
                 grades(workers, "0.25", "0.5")
+
+    @pytest.mark.parametrize(
+        ("number", "times"),
+        # A stopped worker is waited for.
+        [(signal.SIGTERM, 2), (signal.SIGKILL, 2), (signal.SIGSTOP, 1)],
+        ids=["SIGTERM", "SIGKILL", "SIGSTOP"],
+    )
+    def test_a_worker_that_a_signal_ends_before_it_is_ready_is_launched_again(
+        self, number: int, times: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        mark = uuid.uuid4().hex
+        monkeypatch.setenv(MARK, mark)
+        monkeypatch.setattr(pool_module, "_GRACE_S", 1.0)
+        (tmp_path / "slow.py").write_text(HELD.format(folder=tmp_path))
+        monkeypatch.syspath_prepend(tmp_path)
+        with pool(grader="slow:grade", start_s=3.0) as workers:
+            for _ in range(times):
+                (tmp_path / "importing").unlink()
+                (tmp_path / "held").touch()
+                (bad,) = grades(workers, "exit")
+                while not (tmp_path / "importing").exists():
+                    time.sleep(0.01)
+                os.kill(workers._workers[0].process.pid, number)
+                (tmp_path / "held").unlink()
+                assert bad.reason == "exited"
+                assert [grade.value for grade in grades(workers, "0.25", "0.5")] == [0.25, 0.5]
+        assert left_running(mark) == []
+
+    def test_a_worker_that_ends_twice_before_it_is_ready_is_given_up(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        launches = tmp_path / "launches"
+        launches.mkdir()
+        (tmp_path / "kills.py").write_text(KILLS_AT_IMPORT.format(folder=launches))
+        monkeypatch.syspath_prepend(tmp_path)
+        why = r"ended before it was ready, twice \(the supervisor ended, status -9\)"
+        with pytest.raises(GradingBroken, match=why), pool(grader="kills:grade"):
+            pass
+        assert len(list(launches.iterdir())) == 2
 
     def test_a_grader_in_the_working_directory_is_found_and_hides_no_module(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -42,6 +42,13 @@ def test_a_run_with_other_settings_is_not_taken_for_finished(tmp_path: Path) -> 
     assert results(STUDY, tmp_path, ["run.steps=5"]) == []
 
 
+def test_a_run_whose_graders_had_other_limits_is_finished(tmp_path: Path) -> None:
+    finish(tmp_path, "grpo", 0, 0.9)
+    limits = ["grading.workers=2", "grading.wall_s=5"]
+    assert [row.label for row in results(STUDY, tmp_path, limits)] == ["grpo"]
+    assert results(STUDY, tmp_path, ["grading.grader=exact_match"]) == []
+
+
 def test_only_what_is_missing_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     finish(tmp_path, "apo", 0, 0.9)
     ran: list[str] = []
