@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -22,7 +23,6 @@ from nemo_apo.parallel.process_identity import kill, this_process
 from tests.parallel.ranks import run_ranks
 
 FORK = multiprocessing.get_context("fork")
-Work = Callable[["Stage"], None]
 
 
 class Stage:
@@ -44,15 +44,19 @@ class Stage:
         return (self.folder / name).read_text()
 
 
-def _hold_store(port: int, stage: Stage) -> None:
-    store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+Work = Callable[[Stage], None]
+# The one that holds the store, and the ranks.
+Processes = tuple[BaseProcess, list[BaseProcess]]
+
+
+def _hold_store(stage: Stage) -> None:
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     stage.tell("store", str(store.port))
     signal.pause()
 
 
 def _be_rank(rank: int, ranks: int, port: int, stage: Stage, work: Work) -> None:
-    log = os.open(stage.folder / f"stderr{rank}", os.O_WRONLY | os.O_CREAT)
-    os.dup2(log, 2)
+    sys.stderr = (stage.folder / f"stderr{rank}").open("w")
     torch.set_num_threads(1)
     store = dist.TCPStore("127.0.0.1", port, timeout=timedelta(seconds=30))
     dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
@@ -62,11 +66,9 @@ def _be_rank(rank: int, ranks: int, port: int, stage: Stage, work: Work) -> None
 
 
 @contextlib.contextmanager
-def started(
-    ranks: int, stage: Stage, work: Work
-) -> Iterator[tuple[BaseProcess, list[BaseProcess]]]:
-    """The process that holds the store, and the ranks, each at ``work``; none is left at the end."""
-    holder = FORK.Process(target=_hold_store, args=(0, stage))
+def started(ranks: int, stage: Stage, work: Work) -> Iterator[Processes]:
+    """A process that holds the store, and ranks at ``work``; none is left at the end."""
+    holder = FORK.Process(target=_hold_store, args=(stage,))
     processes: list[BaseProcess] = [holder]
     holder.start()
     try:

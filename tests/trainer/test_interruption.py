@@ -61,7 +61,7 @@ def test_the_time_limit_of_any_rank_stops_all() -> None:
 def test_handlers_are_put_back() -> None:
     def work() -> None:
         before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR1)
-        read, write = os.pipe()
+        _, write = os.pipe()
         os.set_blocking(write, False)
         signal.set_wakeup_fd(write)
         threads = threading.active_count()
