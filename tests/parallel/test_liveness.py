@@ -186,6 +186,7 @@ def test_a_stopped_store_ends_the_process_that_waits(tmp_path: Path) -> None:
     assert "nemo-apo: the store of the process group does not answer" in said
 
 
+@pytest.mark.slow(reason="waits for as long as a store may take to answer")
 def test_a_stopped_store_delays_neither_the_question_nor_leaving_for_ever(tmp_path: Path) -> None:
     def work(stage: Stage) -> None:
         with Liveness(timeout_s=60.0) as alive:
