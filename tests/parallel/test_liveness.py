@@ -208,6 +208,7 @@ def test_a_stopped_store_delays_neither_the_question_nor_leaving_for_ever(tmp_pa
             assert stage.await_told(f"left{rank}").endswith("does not answer")
 
 
+@pytest.mark.slow(reason="waits for longer than the store may take, stopped and going")
 def test_a_job_that_was_stopped_as_a_whole_goes_on(tmp_path: Path) -> None:
     def work(stage: Stage) -> None:
         with Liveness(timeout_s=0.5):
@@ -224,7 +225,8 @@ def test_a_job_that_was_stopped_as_a_whole_goes_on(tmp_path: Path) -> None:
         time.sleep(5.0)
         for process in (holder, *ranks):
             go_on(process)
-        time.sleep(1.0)
+        # Longer than a store that does not answer is waited for.
+        time.sleep(4.5)
         stage.tell("leave")
         for process in ranks:
             process.join(30.0)
