@@ -3,11 +3,14 @@
 USR1 and TERM are noted where they arrive and acted upon where no collective is under way: every
 rank calls ``requested`` there, and all get the same answer. A second signal ends the process at
 once, with nothing saved; checkpoints are renamed into place when complete, so the last one stays
-whole.
+whole. Python runs handlers in the main thread between two of its own instructions, which never come
+while that waits in a collective; so a thread hears of the signals too, and it is what ends the
+process.
 """
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from types import FrameType
@@ -70,10 +73,15 @@ class Interruption:
         self._device, self._clock = device, clock
         self._deadline = None if max_time_s is None else clock() + max_time_s
         self._reason = 0
-        self._first: float | None = None
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "Interruption":
+        # Python writes the number of every signal that has a handler here, from C and at once.
+        self._heard, self._signals = os.pipe()
+        os.set_blocking(self._signals, False)
+        self._signals_before = signal.set_wakeup_fd(self._signals, warn_on_full_buffer=False)
+        self._listening = threading.Thread(target=self._listen, daemon=True)
+        self._listening.start()
         for number in _SIGNALS:
             self._before[number] = signal.signal(number, self._note)
         return self
@@ -81,13 +89,27 @@ class Interruption:
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(self._signals_before)
+        os.close(self._signals)
+        self._listening.join()
+        os.close(self._heard)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        now = self._clock()
-        if self._first is not None and now - self._first > SAME_SIGNAL_S:
-            os._exit(128 + number)
-        if self._first is None:
-            self._first, self._reason = now, 2 + _SIGNALS.index(signal.Signals(number))
+        if self._reason == 0:
+            self._reason = 2 + _SIGNALS.index(signal.Signals(number))
+
+    def _listen(self) -> None:
+        """End the process at a second signal; until the pipe is closed."""
+        first: float | None = None
+        while heard := os.read(self._heard, 1):
+            number = heard[0]
+            if number not in _SIGNALS:
+                continue
+            now = self._clock()
+            if first is None:
+                first = now
+            elif now - first > SAME_SIGNAL_S:
+                os._exit(128 + number)
 
     def requested(self) -> str | None:
         """Why all ranks are to stop now, or None; collective."""

@@ -19,13 +19,11 @@ import torch.distributed as dist
 
 from nemo_apo import __version__, record
 from nemo_apo.compose import to_yaml
-from nemo_apo.config import Config, RunConfig, seconds_of_time
+from nemo_apo.config import Config, RunConfig
 from nemo_apo.core.alpha_schedule import ScheduleState
 from nemo_apo.core.diagnostics import DiagnosticsState, Finding, observe
-from nemo_apo.parallel import layout as parallel_layout
 from nemo_apo.parallel.gather import all_gather_objects
 from nemo_apo.parallel.layout import Layout
-from nemo_apo.parallel.liveness import Liveness, RanksLost, end_silent, told
 from nemo_apo.parallel.together import RankError, Result, on_first
 from nemo_apo.step_metrics import step_figures
 from nemo_apo.trainer import checkpoint
@@ -35,10 +33,11 @@ from nemo_apo.trainer.checkpoint_search import newest_verified, set_aside
 from nemo_apo.trainer.checkpoint_write import SaveFailed
 from nemo_apo.trainer.durable_files import replace_text
 from nemo_apo.trainer.evaluation import Evaluation, evaluate
-from nemo_apo.trainer.interruption import Interruption, StopCheck, StoppedEarly, check_stop
+from nemo_apo.trainer.interruption import StopCheck, StoppedEarly, check_stop
 from nemo_apo.trainer.metrics import MetricsLog
 from nemo_apo.trainer.pending import StoredRollout
 from nemo_apo.trainer.policy import Policy
+from nemo_apo.trainer.ranks import ranks
 from nemo_apo.trainer.rl_step import RLStep, StepOutcome, StoppedInRollout
 from nemo_apo.trainer.run_folder import (
     TrainingStopped,
@@ -89,7 +88,7 @@ def run(config: Config) -> None:
     set_threads(config.run)
     check_folder(folder, config.run.if_exists)
     check_weights(folder, config)
-    with _ranks(config) as (layout, stop):
+    with ranks(config) as (layout, stop):
         prepare_folder(folder, config, layout)
         with _view(config, layout) as view:
             _Run(config, layout, folder, view, stop).train()
@@ -98,40 +97,6 @@ def run(config: Config) -> None:
             from nemo_apo.report import write_report
 
             write_report([folder], folder)
-
-
-@contextlib.contextmanager
-def _ranks(config: Config) -> Iterator[tuple[Layout, StopCheck]]:
-    """The ranks, from their groups' start to their end; if one is lost, it is named and all end."""
-    layout = parallel_layout.initialize(config.parallel, config.run.seed)
-    limit = config.run.max_time
-    max_time_s = None if limit is None else seconds_of_time(limit)
-    timeout_s = 60.0 * config.parallel.timeout_minutes
-    try:
-        # Signals are heard to the end: a launcher sends them to all when it has lost one.
-        with Interruption(layout.device, max_time_s) as stop, Liveness(timeout_s) as alive:
-            try:
-                yield layout, stop
-            except TrainingStopped:
-                raise  # what all ranks decided
-            except RuntimeError as error:  # gloo's own kind, for want of a better
-                _name_the_lost(alive, error)
-                raise
-    except RanksLost:
-        raise  # groups with a lost rank cannot be ended in order
-    except BaseException:
-        parallel_layout.shut_down()
-        raise
-    parallel_layout.shut_down()
-
-
-def _name_the_lost(alive: Liveness, error: Exception) -> None:
-    silent = alive.silent()
-    if not silent:
-        return
-    end_silent(silent)
-    reason = next(iter(str(error).splitlines()), type(error).__name__)
-    raise RanksLost(f"{told(silent)}; a collective failed: {reason}") from error
 
 
 def build_policy(config: Config, layout: Layout) -> Policy:

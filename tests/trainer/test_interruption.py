@@ -4,7 +4,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -59,9 +61,15 @@ def test_the_time_limit_of_any_rank_stops_all() -> None:
 def test_handlers_are_put_back() -> None:
     def work() -> None:
         before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR1)
+        _, write = os.pipe()
+        os.set_blocking(write, False)
+        signal.set_wakeup_fd(write)
+        threads = threading.active_count()
         with Interruption(CPU, None):
             assert signal.getsignal(signal.SIGTERM) != before[0]
         assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR1)) == before
+        assert signal.set_wakeup_fd(-1) == write
+        assert threading.active_count() == threads
 
     run_ranks(1, work)
 
@@ -95,3 +103,44 @@ def test_a_second_signal_ends_the_process_unless_it_is_the_first_passed_on(
     finally:
         process.kill()
         process.communicate()
+
+
+COLLECTIVE = """
+import sys, time, torch
+import torch.distributed as dist
+from nemo_apo.trainer import interruption
+interruption.SAME_SIGNAL_S = 0.2
+rank = int(sys.argv[2])
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=rank, world_size=2)
+with interruption.Interruption(torch.device("cpu"), None):
+    print("ready", flush=True)
+    if rank == 0:
+        dist.all_reduce(torch.ones(1))
+    time.sleep(60)
+"""
+
+
+def test_a_second_signal_ends_a_process_that_waits_in_a_collective(tmp_path: Path) -> None:
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", COLLECTIVE, str(tmp_path / "rendezvous"), str(rank)],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        for process in processes:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+        time.sleep(1.0)
+        waiting = processes[0]
+        waiting.send_signal(signal.SIGTERM)
+        time.sleep(1.0)
+        assert waiting.poll() is None
+        waiting.send_signal(signal.SIGTERM)
+        assert waiting.wait(timeout=30) == 128 + signal.SIGTERM
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
