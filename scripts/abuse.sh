@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Set up .venv, then run the tests of abuse in their long form: hundreds of kills, damaged files and
-# full disks. Takes about half an hour; docs/reliability.md holds the figures.
+# Set up .venv, then run the tests of abuse in their long form: hundreds of kills, damaged files, full
+# disks, lost ranks and graders that misbehave. Takes about an hour; docs/reliability.md and
+# docs/grading.md hold the figures.
 #
 #   scripts/abuse.sh [pytest arguments]     such as tests/abuse/test_damage.py
 set -euo pipefail
@@ -10,5 +11,5 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup_venv.sh"
 
 setup_venv test
 cd "$ROOT"
-(($# > 0)) || set -- tests/abuse
+(($# > 0)) || set -- tests/abuse tests/grading
 NEMO_APO_ABUSE=long exec "$VENV/bin/python" -m pytest -s "$@"
