@@ -1,13 +1,12 @@
 """The machine and the versions that measured figures belong to."""
 
-import importlib.metadata
 import os
 import platform
 from pathlib import Path
 
 import torch
 
-from nemo_apo import __version__
+from nemo_apo.trainer.versions import versions_of
 
 # Distributions whose version can change a figure.
 _DISTRIBUTIONS = ("torch", "megatron-core", "triton", "liger-kernel", "trl")
@@ -29,13 +28,7 @@ def machine(device: str) -> dict[str, str | int | float]:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the distributions that are installed."""
-    found = {"nemo_apo": __version__, "python": platform.python_version()}
-    for name in _DISTRIBUTIONS:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    return versions_of(_DISTRIBUTIONS)
 
 
 def _processor() -> str:

@@ -38,11 +38,7 @@ def sum_over(values: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
 
 def all_true(flag: bool, device: torch.device) -> bool:
     """Whether the flag is true on every rank."""
-    if dist.get_world_size() == 1:
-        return flag
-    vote = torch.tensor([int(flag)], device=device)
-    dist.all_reduce(vote, op=dist.ReduceOp.MIN)
-    return bool(vote.item())
+    return highest(int(not flag), device) == 0
 
 
 def highest(value: int, device: torch.device) -> int:
@@ -56,10 +52,10 @@ def highest(value: int, device: torch.device) -> int:
 
 def first_not_finite(values: Mapping[str, float], device: torch.device) -> str | None:
     """Name of the first value that is not finite on some rank; None if all are on every rank."""
-    flags = torch.tensor([int(math.isfinite(value)) for value in values.values()], device=device)
-    if dist.get_world_size() > 1:
-        dist.all_reduce(flags, op=dist.ReduceOp.MIN)
-    return next((name for name, flag in zip(values, flags.tolist(), strict=True) if not flag), None)
+    # The first name counts highest, so that it is the one all ranks hear of.
+    names = [None, *reversed(values)]
+    bad = [names.index(name) for name, value in values.items() if not math.isfinite(value)]
+    return names[highest(max(bad, default=0), device)]
 
 
 def broadcast_from_last(values: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -193,6 +193,14 @@ def load(
             f"this configuration needs {_roles(remembered)} (update.monitor_reference_kl, "
             "regularizers.kl_coef, anchor.name)"
         )
+    state = TrainerState.from_state_dict(content["state"])
+    if state.step > config.run.steps:
+        raise CheckpointError(
+            f"cannot resume from {folder}: run.steps={config.run.steps}: must be at least the "
+            f"checkpoint's {state.step}"
+        )
+    rollout = _rollout(folder, content, config)
+    # Nothing has been changed up to here.
     loaded = _read(folder, _sharded(policy, remembered, is_loading=True))
     _take(policy, loaded["model"])
     take_optimizer(policy.optimizer, loaded["optimizer"])
@@ -204,13 +212,7 @@ def load(
     if found.manifest.about["layout"] == _layout(policy.layout, config):
         text = (folder / _random_file(policy.layout.rank)).read_text()
         set_random_state(json.loads(text), policy.layout.device)
-    state = TrainerState.from_state_dict(content["state"])
-    if state.step > config.run.steps:
-        raise CheckpointError(
-            f"cannot resume from {folder}: run.steps={config.run.steps}: must be at least the "
-            f"checkpoint's {state.step}"
-        )
-    return state, _rollout(folder, content, config)
+    return state, rollout
 
 
 def _rollout(folder: Path, content: dict[str, Any], config: Config) -> StoredRollout | None:

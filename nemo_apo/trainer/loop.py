@@ -4,12 +4,10 @@ The loop owns the step, the schedule's state and the diagnostics; ``RLStep`` doe
 """
 
 import contextlib
-import importlib.metadata
 import os
-import platform
 import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Protocol
@@ -17,14 +15,13 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
-from nemo_apo import __version__, record
+from nemo_apo import record
 from nemo_apo.compose import to_yaml
 from nemo_apo.config import Config, RunConfig
 from nemo_apo.core.alpha_schedule import ScheduleState
 from nemo_apo.core.diagnostics import DiagnosticsState, Finding, observe
 from nemo_apo.parallel.gather import all_gather_objects
 from nemo_apo.parallel.layout import Layout
-from nemo_apo.parallel.together import RankError, Result, on_first
 from nemo_apo.step_metrics import step_figures
 from nemo_apo.trainer import checkpoint
 from nemo_apo.trainer.anchors import RememberedWeights
@@ -43,10 +40,15 @@ from nemo_apo.trainer.run_folder import (
     TrainingStopped,
     check_folder,
     check_weights,
+    on_first_or_stop,
     prepare_folder,
 )
 from nemo_apo.trainer.summary import summarize, write_summary
+from nemo_apo.trainer.versions import versions_of
 from nemo_apo.trainer.warm_start import run_warm_start
+
+# Distributions that the figures of a run depend on.
+_DISTRIBUTIONS = ("torch", "megatron-core")
 
 
 class View(Protocol):
@@ -89,7 +91,7 @@ def run(config: Config) -> None:
     check_folder(folder, config.run.if_exists)
     check_weights(folder, config)
     with ranks(config) as (layout, stop):
-        prepare_folder(folder, config, layout)
+        prepare_folder(folder, config)
         with _view(config, layout) as view:
             _Run(config, layout, folder, view, stop).train()
         dist.barrier()
@@ -167,7 +169,7 @@ class _Run:
             nonlocal log
             log = MetricsLog(self.folder, self.config, -1 if found is None else state.step)
 
-        self._on_first(open_log)
+        on_first_or_stop(open_log)
         try:
             if found is None:
                 state = self._evaluated_at_start(state, log)
@@ -178,24 +180,13 @@ class _Run:
         if state.step == self.config.run.steps:
             self._summarize(state)
 
-    @property
-    def _first(self) -> bool:
-        return self.layout.rank == 0
-
     def _needs_reference(self) -> bool:
         wanted = self.config.regularizers.needs_reference
         return wanted or self.config.update.monitor_reference_kl
 
     def _write_config(self) -> None:
         path, text = self.folder / record.CONFIG_FILE, to_yaml(self.config)
-        self._on_first(lambda: replace_text(path, text))
-
-    def _on_first(self, work: Callable[[], Result]) -> Result:
-        """Work of rank 0 alone, a full disk among its dangers, whose failure stops all ranks."""
-        try:
-            return on_first(work)
-        except RankError as error:
-            raise TrainingStopped(str(error)) from error
+        on_first_or_stop(lambda: replace_text(path, text))
 
     def _warm_start(self) -> float:
         start = time.perf_counter()
@@ -293,7 +284,7 @@ class _Run:
             assert log is not None
             log.write(step, metrics, findings)
 
-        self._on_first(write)
+        on_first_or_stop(write)
         self._published = metrics
         self.view.update(step, metrics, [asdict(finding) for finding in findings])
 
@@ -342,7 +333,7 @@ class _Run:
                 self.layout,
                 wall_s=self.wall_s,
                 peak_memory_mib=max(memories),
-                versions=versions(),
+                versions=versions_of(_DISTRIBUTIONS),
             )
             write_summary(self.folder, summary)
             self.view.note(
@@ -350,7 +341,7 @@ class _Run:
                 f"in {summary.wall_s:.0f} s; {self.folder}"
             )
 
-        self._on_first(write)
+        on_first_or_stop(write)
 
 
 def _evaluation_metrics(evaluation: Evaluation) -> dict[str, float]:
@@ -388,14 +379,3 @@ def _peak_memory_mib(layout: Layout) -> float:
     if layout.device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-def versions() -> dict[str, str]:
-    """Versions of what the figures of a run depend on."""
-    packages: dict[str, Callable[[], str]] = {
-        "nemo_apo": lambda: __version__,
-        "python": platform.python_version,
-        "torch": lambda: torch.__version__,
-        "megatron-core": lambda: importlib.metadata.version("megatron-core"),
-    }
-    return {name: version() for name, version in packages.items()}

@@ -1,13 +1,13 @@
 """The folder of a run: what it may hold at the start, and how it is made ready."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from nemo_apo import record
 from nemo_apo.compose import to_yaml
 from nemo_apo.config import Config, ConfigError, require
-from nemo_apo.parallel.gather import all_true
-from nemo_apo.parallel.layout import Layout
+from nemo_apo.parallel.together import RankError, Result, on_first
 from nemo_apo.trainer.checkpoint_search import checkpoint_folders
 from nemo_apo.trainer.durable_files import make_folders, replace_text
 
@@ -52,21 +52,26 @@ def check_weights(folder: Path, config: Config) -> None:
     require(not (inside and config.run.if_exists == "overwrite"), "warm_start.load", load, rule)
 
 
-def prepare_folder(folder: Path, config: Config, layout: Layout) -> None:
-    """Make the folder, empty it of an old run where told to, save the configuration."""
-    error: OSError | None = None
-    if layout.rank == 0:
-        try:
-            if config.run.if_exists == "overwrite":
-                _remove_run(folder)
-            make_folders(folder)
-            # A resumed run replaces its configuration once the checkpoint has accepted the new one.
-            if not (folder / record.METRICS_FILE).exists():
-                replace_text(folder / record.CONFIG_FILE, to_yaml(config))
-        except OSError as raised:
-            error = raised
-    if not all_true(error is None, layout.device):
-        raise TrainingStopped(f"rank 0 could not prepare {folder}: {error or 'see its message'}")
+def on_first_or_stop(work: Callable[[], Result]) -> Result:
+    """Work of rank 0 alone, a full disk among its dangers, whose failure stops all ranks."""
+    try:
+        return on_first(work)
+    except RankError as error:
+        raise TrainingStopped(str(error)) from error
+
+
+def prepare_folder(folder: Path, config: Config) -> None:
+    """Make the folder, empty it of an old run where told to, save the configuration; collective."""
+
+    def prepare() -> None:
+        if config.run.if_exists == "overwrite":
+            _remove_run(folder)
+        make_folders(folder)
+        # A resumed run replaces its configuration once the checkpoint has accepted the new one.
+        if not (folder / record.METRICS_FILE).exists():
+            replace_text(folder / record.CONFIG_FILE, to_yaml(config))
+
+    on_first_or_stop(prepare)
 
 
 def _remove_run(folder: Path) -> None:

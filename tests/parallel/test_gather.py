@@ -1,5 +1,7 @@
 """Numbers that meet between ranks: right for one rank, for several, and for strided tensors."""
 
+import math
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -10,6 +12,8 @@ from nemo_apo.parallel.gather import (
     all_gather_rows,
     all_true,
     broadcast_from_last,
+    first_not_finite,
+    highest,
     sum_over,
 )
 
@@ -52,6 +56,13 @@ def every_function(values: Tensor) -> dict[str, object]:
         "all no": all_true(False, CPU),
         "first no": all_true(rank != 0, CPU),
         "last no": all_true(rank != dist.get_world_size() - 1, CPU),
+        "highest": highest(rank + 5, CPU),
+        "finite": first_not_finite({"loss": 1.0, "gradient": 2.0}, CPU),
+        "one": first_not_finite({"loss": 1.0, "gradient": math.inf if rank == 0 else 2.0}, CPU),
+        # Ranks that have different troubles hear of the same one.
+        "first": first_not_finite(
+            {"loss": math.nan if rank == 0 else 1.0, "gradient": math.nan}, CPU
+        ),
     }
 
 
@@ -68,6 +79,8 @@ def assert_numbers(got: dict[str, object], world_size: int) -> None:
     assert got["objects"] == [{"rank": rank} for rank in range(world_size)]
     votes = {name: got[name] for name in ("all yes", "all no", "first no", "last no")}
     assert votes == {"all yes": True, "all no": False, "first no": False, "last no": False}
+    assert got["highest"] == world_size + 4
+    assert (got["finite"], got["one"], got["first"]) == (None, "gradient", "loss")
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
