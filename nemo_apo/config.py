@@ -215,6 +215,9 @@ class RolloutConfig:
         top_k, top_p: not supported (they cut the policy's support); 0 and 1 mean off.
         resample: extra rounds of prompts drawn to replace groups without signal; 0 is off.
         micro_batch_size: sequences generated at once on a rank.
+        importance_cap: bound on the weight min(exp(old - sampler), cap) of each token's gradient,
+            which corrects for a sampler whose log-probs are not quite the trainer's; None weighs
+            nothing (``nemo_apo.core.importance``).
     """
 
     prompts: int = 32
@@ -224,6 +227,7 @@ class RolloutConfig:
     top_p: float = 1.0
     resample: int = 0
     micro_batch_size: int = 512
+    importance_cap: float | None = None
 
 
 @dataclass(frozen=True)
@@ -571,6 +575,8 @@ def _check_rollout(rollout: RolloutConfig) -> None:
     cut = "top-k and top-p cut the support of the policy, so its log-probs would be wrong; "
     require(rollout.top_k == 0, "rollout.top_k", rollout.top_k, cut + "must be 0")
     require(rollout.top_p == 1.0, "rollout.top_p", rollout.top_p, cut + "must be 1")
+    cap, rule = rollout.importance_cap, "must be at least 1 and finite, or null for no correction"
+    require(cap is None or 1.0 <= cap < math.inf, "rollout.importance_cap", cap, rule)
 
 
 def _check_update(update: UpdateConfig, rollout: RolloutConfig) -> None:

@@ -305,6 +305,8 @@ class TestMistakes:
             ["rollout.top_p=0.9"],
             ["rollout.top_k=5"],
             ["rollout.resample=-1"],
+            ["rollout.importance_cap=0.9"],
+            ["rollout.importance_cap=inf"],
             ["update.epochs=0"],
             ["update.micro_batch_size=0"],
             ["optimizer.lr=0"],

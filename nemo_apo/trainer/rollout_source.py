@@ -110,6 +110,7 @@ class RolloutSource:
             graded.rewards_N,
             task.max_prompt_length + task.max_response_length,
             task.pad_id,
+            keeps_token_logprobs=config.rollout.importance_cap is not None,
         )
         check_tokens(rollouts.tokens_NT, task.vocab_size)
         return rollouts

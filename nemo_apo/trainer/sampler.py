@@ -65,6 +65,7 @@ def generate(
         tokens_NR=torch.cat([part.tokens_NR for part in parts]),
         lengths_N=torch.cat([part.lengths_N for part in parts]),
         finished_N=torch.cat([part.finished_N for part in parts]),
+        logprobs_NR=torch.cat([part.logprobs_NR for part in parts]),
         logprob_sums_N=torch.cat([part.logprob_sums_N for part in parts]),
     )
 
@@ -112,7 +113,8 @@ class _Batch:
     ) -> Completions:
         tokens_BR = torch.full((self.rows, self.max_response_length), pad_id, device=self.device)
         lengths_B = torch.zeros(self.rows, dtype=torch.int64, device=self.device)
-        logprobs_B = torch.zeros(self.rows, dtype=torch.float64, device=self.device)
+        logprobs_BR = torch.zeros_like(tokens_BR, dtype=torch.float32)
+        logprob_sums_B = torch.zeros(self.rows, dtype=torch.float64, device=self.device)
         open_B = torch.ones(self.rows, dtype=torch.bool, device=self.device)
         logits_BV = self._prefill()
         for step in range(self.max_response_length):
@@ -123,14 +125,16 @@ class _Batch:
                 else draw(log_p_BV, draws_BR[:, step].to(self.device))
             )
             chosen_B = log_p_BV.gather(1, token_B[:, None]).squeeze(1)
-            logprobs_B += torch.where(open_B, chosen_B, 0.0)
+            chosen_B = torch.where(open_B, chosen_B, 0.0)
+            logprobs_BR[:, step] = chosen_B
+            logprob_sums_B += chosen_B
             tokens_BR[:, step] = torch.where(open_B, token_B, pad_id)
             lengths_B += open_B
             open_B &= token_B != end_id
             if step + 1 == self.max_response_length or not bool(open_B.any()):
                 break
             logits_BV = self._decode(tokens_BR[:, step : step + 1], step)
-        return Completions(tokens_BR, lengths_B, ~open_B, logprobs_B)
+        return Completions(tokens_BR, lengths_B, ~open_B, logprobs_BR, logprob_sums_B)
 
     def _prefill(self) -> Tensor:
         width = self.prompt_width

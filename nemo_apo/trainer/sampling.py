@@ -79,6 +79,7 @@ def complete(
         tokens_NR=gathered(part.tokens_NR),
         lengths_N=gathered(part.lengths_N),
         finished_N=gathered(part.finished_N.to(torch.uint8)).bool(),
+        logprobs_NR=gathered(part.logprobs_NR),
         logprob_sums_N=gathered(part.logprob_sums_N),
     )
 
