@@ -83,6 +83,7 @@ class RunConfig:
         steps: RL steps.
         if_exists: "error", "overwrite" or "resume" where the folder already holds a run.
         dry_run: check and print, train nothing.
+        check_memory: on GPUs, refuse a run whose computed memory exceeds the GPU's.
         save_every: RL steps between checkpoints, the last step included; 0 saves none (but
             stopping early and ``stop_after`` do).
         keep_last: newest checkpoints that are kept; null keeps all.
@@ -108,6 +109,7 @@ class RunConfig:
     steps: int = 60
     if_exists: str = "error"
     dry_run: bool = False
+    check_memory: bool = True
     save_every: int = 40
     keep_last: int | None = None
     keep_best: int = 0
