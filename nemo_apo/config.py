@@ -379,7 +379,7 @@ def validate(config: Config, world_size: int) -> None:
     _check_rollout(config.rollout)
     _check_update(config.update, config.rollout)
     _check_optimizer(config.optimizer)
-    _check_warm_start(config.warm_start)
+    _check_warm_start(config.warm_start, config.task)
     _check_evaluation(config.evaluation)
 
 
@@ -612,10 +612,13 @@ def _check_optimizer(optimizer: OptimizerConfig) -> None:
         require(0.0 <= value < 1.0, f"optimizer.{key}", value, "must lie in [0, 1)")
 
 
-def _check_warm_start(warm_start: WarmStartConfig) -> None:
+def _check_warm_start(warm_start: WarmStartConfig, task: Task) -> None:
     _at_least("warm_start", warm_start, 0, "steps")
     _at_least("warm_start", warm_start, 1, "batch_size")
     _positive("warm_start", warm_start, "lr")
+    rule = f"must be 0 (or set warm_start.load): task={task.name} has nothing to imitate"
+    trains = warm_start.steps > 0 and warm_start.load is None
+    require(task.has_demonstrations or not trains, "warm_start.steps", warm_start.steps, rule)
 
 
 def _check_evaluation(evaluation: EvaluationConfig) -> None:
