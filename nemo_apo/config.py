@@ -32,6 +32,8 @@ CONSOLES = ("auto", "plain", "off")
 BACKENDS = ("auto", "gloo", "nccl")
 PARAMS_DTYPES = ("float32", "bfloat16")
 RECOMPUTE = ("none", "selective", "full")
+# The keys of ``nemo_apo.trainer.engines.ENGINES``.
+ROLLOUT_ENGINES = ("static",)
 LR_DECAY_STYLES = ("constant", "linear", "cosine")
 # Sections that a checkpoint is tied to, unless run.allow_changed names them.
 ALLOWED_CHANGES = (
@@ -211,6 +213,7 @@ class RolloutConfig:
     """Sampling of one RL step.
 
     Attributes:
+        engine: what completes the prompts: "static" (the trainer's own model).
         prompts: prompts per rollout (groups).
         group_size: completions per prompt, P.
         temperature: of sampling; log-probs are those of the tempered policy throughout.
@@ -222,6 +225,7 @@ class RolloutConfig:
             nothing (``nemo_apo.core.importance``).
     """
 
+    engine: str = "static"
     prompts: int = 32
     group_size: int = 8
     temperature: float = 1.0
@@ -570,6 +574,7 @@ def _refuse_unread_grading(grading: GradingSettings) -> None:
 
 
 def _check_rollout(rollout: RolloutConfig) -> None:
+    _one_of("rollout.engine", rollout.engine, ROLLOUT_ENGINES)
     _at_least("rollout", rollout, 1, "prompts", "micro_batch_size")
     _at_least("rollout", rollout, 2, "group_size")
     _at_least("rollout", rollout, 0, "resample")

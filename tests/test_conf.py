@@ -299,6 +299,7 @@ class TestMistakes:
             ["grading.workers=1", "grading.processes=0"],
             ["grading.workers=1", "grading.total_s=413"],
             ["grading.grader=numeric", "grading.tolerance=-1"],
+            ["rollout.engine=vlm"],
             ["rollout.group_size=1"],
             ["rollout.prompts=0"],
             ["rollout.temperature=0"],
