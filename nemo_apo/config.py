@@ -226,6 +226,8 @@ class RolloutConfig:
         top_k, top_p: not supported (they cut the policy's support); 0 and 1 mean off.
         resample: extra rounds of prompts drawn to replace groups without signal; 0 is off.
         micro_batch_size: sequences generated at once on a rank.
+        tensor_model_parallel_size: ranks that share the model that samples ("static"); it is the
+            trained one itself where that is laid out so, else a copy that is refitted.
         importance_cap: bound on the weight min(exp(old - sampler), cap) of each token's gradient,
             which corrects for a sampler whose log-probs are not quite the trainer's; None weighs
             nothing (``nemo_apo.core.importance``).
@@ -239,6 +241,7 @@ class RolloutConfig:
     top_p: float = 1.0
     resample: int = 0
     micro_batch_size: int = 512
+    tensor_model_parallel_size: int = 1
     importance_cap: float | None = None
 
 
@@ -389,6 +392,7 @@ def validate(config: Config, world_size: int) -> None:
     _check_anchor(config.anchor)
     _check_grading(config.grading, config.parallel)
     _check_rollout(config.rollout)
+    _check_sampling_ranks(config, world_size)
     _check_update(config.update, config.rollout)
     _check_optimizer(config.optimizer)
     _check_warm_start(config.warm_start, config.task)
@@ -473,22 +477,7 @@ def _check_layout(config: Config, world_size: int) -> None:
     _one_of("parallel.recompute", parallel.recompute, RECOMPUTE)
     _positive("parallel", parallel, "timeout_minutes")
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    for key in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
-        value = getattr(model, key)
-        require(
-            value % tp == 0,
-            "parallel.tensor_model_parallel_size",
-            tp,
-            f"must divide model.{key}={value}",
-        )
-    padded = padded_vocab_size(config.task.vocab_size, model)
-    require(
-        padded % tp == 0,
-        "parallel.tensor_model_parallel_size",
-        tp,
-        f"must divide the padded vocabulary of {padded} tokens "
-        f"(model.make_vocab_size_divisible_by={model.make_vocab_size_divisible_by})",
-    )
+    _check_tensor_size(config, "parallel.tensor_model_parallel_size", tp)
     require(
         model.num_layers % pp == 0,
         "parallel.pipeline_model_parallel_size",
@@ -507,6 +496,18 @@ def _check_layout(config: Config, world_size: int) -> None:
         f"must divide the number of ranks, which is {world_size} "
         "(NPROC=n scripts/quickstart.sh starts n ranks)",
     )
+
+
+def _check_tensor_size(config: Config, key: str, size: int) -> None:
+    """Whether the model can be split over so many tensor-parallel ranks."""
+    model = config.model
+    for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
+        value = getattr(model, name)
+        require(value % size == 0, key, size, f"must divide model.{name}={value}")
+    padded = padded_vocab_size(config.task.vocab_size, model)
+    rule = f"must divide the padded vocabulary of {padded} tokens "
+    rule += f"(model.make_vocab_size_divisible_by={model.make_vocab_size_divisible_by})"
+    require(padded % size == 0, key, size, rule)
 
 
 def _check_virtual(parallel: ParallelConfig, model: ModelConfig) -> None:
@@ -592,6 +593,14 @@ def _check_rollout(rollout: RolloutConfig) -> None:
     require(rollout.top_p == 1.0, "rollout.top_p", rollout.top_p, cut + "must be 1")
     cap, rule = rollout.importance_cap, "must be at least 1 and finite, or null for no correction"
     require(cap is None or 1.0 <= cap < math.inf, "rollout.importance_cap", cap, rule)
+
+
+def _check_sampling_ranks(config: Config, world_size: int) -> None:
+    key = "rollout.tensor_model_parallel_size"
+    ranks = config.rollout.tensor_model_parallel_size
+    _at_least("rollout", config.rollout, 1, "tensor_model_parallel_size")
+    require(world_size % ranks == 0, key, ranks, f"must divide the number of ranks, {world_size}")
+    _check_tensor_size(config, key, ranks)
 
 
 def _check_update(update: UpdateConfig, rollout: RolloutConfig) -> None:

@@ -114,6 +114,7 @@ def build_policy(config: Config, layout: Layout) -> Policy:
         config.rollout.temperature,
         config.run.seed,
         config.parallel,
+        config.rollout.tensor_model_parallel_size,
     )
     policy.engine = ENGINES[config.rollout.engine](policy, config)
     return policy

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from nemo_apo.config import ModelConfig, OptimizerConfig, ParallelConfig
 from nemo_apo.parallel.context import AllGatherAttention
-from nemo_apo.parallel.layout import Layout
+from nemo_apo.parallel.layout import Layout, copy_groups
 from nemo_apo.parallel.step import plain_sum
 
 
@@ -232,10 +232,12 @@ def build_replica(
     layout: Layout,
     vocab_size: int,
     max_sequence_length: int,
-    groups: ProcessGroupCollection,
+    tensor_size: int,
 ) -> HiddenStateGPT:
-    """The whole model on this rank alone, in evaluation mode and without gradients."""
-    config = transformer_config(model, layout, ParallelConfig())
+    """The whole model on ``tensor_size`` ranks, in evaluation mode and without gradients."""
+    groups = copy_groups(tensor_size)
+    parallel = ParallelConfig(tensor_model_parallel_size=tensor_size)
+    config = transformer_config(model, layout, parallel)
     gpt = _build(model, config, layout, vocab_size, max_sequence_length, (True, True), groups)
     return gpt.eval().requires_grad_(False)
 

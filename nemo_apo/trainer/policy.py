@@ -22,7 +22,7 @@ from nemo_apo.parallel.gather import (
     first_not_finite,
     sum_over,
 )
-from nemo_apo.parallel.layout import Layout, single_rank_groups
+from nemo_apo.parallel.layout import Layout
 from nemo_apo.parallel.logprobs import linear_logprobs
 from nemo_apo.parallel.step import (
     LossFunction,
@@ -64,6 +64,7 @@ class Policy:
         vocab_size: the unpadded vocabulary.
         temperature: sampling temperature; log-probs are those of the tempered policy.
         engine: completes prompts with its weights; set by whoever builds the policy.
+        sampling_ranks: over how many ranks the model that samples is split, by tensor parallelism.
     """
 
     engine: RolloutEngine
@@ -78,10 +79,12 @@ class Policy:
         temperature: float,
         seed: int,
         parallel: ParallelConfig,
+        sampling_ranks: int = 1,
     ) -> None:
         self.layout = layout
         self.vocab_size = vocab_size
         self.temperature = temperature
+        self.sampling_ranks = sampling_ranks
         # Every rank must hold equally many tokens of a sequence, in equal parts.
         self._width_multiple = 2 * layout.context_size if layout.context_size > 1 else 1
         if parallel.sequence_parallel:
@@ -92,10 +95,10 @@ class Policy:
         modules = [chunk.module for chunk in self.chunks]
         self.stage = modules[0] if len(modules) == 1 else Stage(modules)
         self._replica: GPTModel | None = None
-        if layout.is_model_parallel:
+        if _needs_replica(layout, parallel, sampling_ranks):
             torch.manual_seed(seed)
             self._replica = build_replica(
-                model, layout, padded, max_sequence_length, single_rank_groups()
+                model, layout, padded, max_sequence_length, sampling_ranks
             )
             # Initial weights come from the replica, so they do not depend on the layout.
             with _without_tied_copy(self.stage):
@@ -248,6 +251,13 @@ class Policy:
         totals = sum_over(totals, self.layout.token_group)
         totals = broadcast_from_last(totals, self.layout.pipeline_group)
         return dict(zip(names, totals.cpu(), strict=True))
+
+
+def _needs_replica(layout: Layout, parallel: ParallelConfig, sampling_ranks: int) -> bool:
+    """Whether the model that samples is laid out unlike the one under training."""
+    stages = layout.pipeline_size * layout.context_size
+    like = (stages, layout.tensor_size) == (1, sampling_ranks)
+    return not like or parallel.sequence_parallel
 
 
 @contextlib.contextmanager
