@@ -102,6 +102,9 @@ class RunConfig:
         tensorboard: write TensorBoard event files.
         wandb: also log to Weights & Biases (the ``wandb`` extra).
         wandb_project: its project.
+        samples_every: RL steps between those of which completions are kept in ``samples.jsonl``
+            (the first and the last are always among them); 0 keeps none.
+        samples_groups: how many groups of such a step are kept.
         report: write report.html and report.png at the end.
     """
 
@@ -124,6 +127,8 @@ class RunConfig:
     tensorboard: bool = True
     wandb: bool = False
     wandb_project: str = "nemo_apo"
+    samples_every: int = 10
+    samples_groups: int = 2
     report: bool = True
 
     def __post_init__(self) -> None:
@@ -412,8 +417,8 @@ def _one_of(key: str, value: str, choices: tuple[str, ...]) -> None:
 def _check_run(run: RunConfig) -> None:
     allowed = run.name not in ("", ".", "..") and not set(run.name) & set("/\\\0")
     require(allowed, "run.name", run.name, "must be the name of one folder")
-    _at_least("run", run, 0, "seed", "save_every")
-    _at_least("run", run, 1, "steps")
+    _at_least("run", run, 0, "seed", "save_every", "samples_every")
+    _at_least("run", run, 1, "steps", "samples_groups")
     _one_of("run.if_exists", run.if_exists, IF_EXISTS_RULES)
     _one_of("run.console", run.console, CONSOLES)
     if run.threads is not None:

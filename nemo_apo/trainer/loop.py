@@ -22,6 +22,7 @@ from nemo_apo.core.alpha_schedule import ScheduleState
 from nemo_apo.core.diagnostics import DiagnosticsState, Finding, observe
 from nemo_apo.parallel.gather import all_gather_objects
 from nemo_apo.parallel.layout import Layout
+from nemo_apo.record import KeptGroup
 from nemo_apo.step_metrics import step_figures
 from nemo_apo.trainer import checkpoint
 from nemo_apo.trainer.anchors import RememberedWeights
@@ -229,7 +230,7 @@ class _Run:
             metrics = {**outcome.metrics, record.SAMPLES: float(state.samples)}
             if state.step % config.evaluation.every == 0 or state.step == config.run.steps:
                 metrics |= _evaluation_metrics(evaluate(self.policy, config, self.task))
-            self._publish(log, state.step, metrics, findings)
+            self._publish(log, state.step, metrics, findings, outcome.kept)
             self._stop_if_useless(state, outcome)
             if self._saves_at(state.step):
                 self._save(state, remembered, metrics)
@@ -282,10 +283,11 @@ class _Run:
         step: int,
         metrics: dict[str, float],
         findings: list[Finding],
+        kept: tuple[KeptGroup, ...] = (),
     ) -> None:
         def write() -> None:
             assert log is not None
-            log.write(step, metrics, findings)
+            log.write(step, metrics, findings, kept)
 
         on_first_or_stop(write)
         self._published = metrics

@@ -30,10 +30,12 @@ class Graded:
     Attributes:
         rewards_N: float64; NaN where the grade failed.
         failures: number of failed grades by reason, a key of ``nemo_apo.grading.REASONS``.
+        reasons: why the grade of each failed, such a key, or "".
     """
 
     rewards_N: Tensor
     failures: dict[str, int]
+    reasons: tuple[str, ...]
 
 
 def complete(
@@ -115,7 +117,7 @@ def grade(
     rewards_N, codes_N = all_gather_rows(part_N2)[: len(prompts)].cpu().unbind(dim=1)
     reasons = [reason_of(int(code)) for code in codes_N.tolist()]
     _tell_first(layout, grading, reasons, grades)
-    return Graded(rewards_N, dict(Counter(filter(None, reasons))))
+    return Graded(rewards_N, dict(Counter(filter(None, reasons))), tuple(reasons))
 
 
 def sample_of(task: Task, prompt: Prompt, completion: list[int]) -> Sample:
