@@ -48,7 +48,13 @@ ALLOWED_CHANGES = (
     "optimizer",
 )
 # Metrics of which more is better.
-BEST_METRICS = ("eval/accuracy", "eval/reward", "eval/pass_at_k", "reward/mean")
+BEST_METRICS = (
+    "eval/accuracy",
+    "eval/reward",
+    "eval/pass_at_k",
+    "eval/maj_at_k",
+    "reward/mean",
+)
 
 
 _MAX_TIME = re.compile(r"(?:(\d+):)?(\d{1,2}):([0-5]\d):([0-5]\d)")
@@ -311,14 +317,16 @@ class EvaluationConfig:
     Attributes:
         every: RL steps between evaluations (the start and the end are always evaluated).
         prompts: held-out prompts for the greedy figures.
-        pass_prompts: of these, how many are sampled for pass@k.
-        pass_k: samples per prompt.
+        pass_prompts: of these, how many are sampled for pass@k and maj@k.
+        pass_k: their k.
+        pass_samples: samples per prompt, from which pass@k is estimated; null is pass_k.
     """
 
     every: int = 10
     prompts: int = 512
     pass_prompts: int = 128
     pass_k: int = 8
+    pass_samples: int | None = None
 
 
 @dataclass(frozen=True)
@@ -639,3 +647,6 @@ def _check_evaluation(evaluation: EvaluationConfig) -> None:
         evaluation.pass_prompts,
         f"must not exceed evaluation.prompts={evaluation.prompts}",
     )
+    samples, k = evaluation.pass_samples, evaluation.pass_k
+    rule = f"must be at least evaluation.pass_k={k}"
+    require(samples is None or samples >= k, "evaluation.pass_samples", samples, rule)

@@ -97,7 +97,13 @@ STEP_SECONDS = "time/step_s"
 
 EVAL_ACCURACY = "eval/accuracy"
 EVAL_REWARD = "eval/reward"
+EVAL_ACCURACY_ERROR = "eval/accuracy_error"
 EVAL_PASS_AT_K = "eval/pass_at_k"
+EVAL_MAJ_AT_K = "eval/maj_at_k"
+EVAL_SAMPLED_ACCURACY = "eval/sampled_accuracy"
+EVAL_RESPONSE_LENGTH = "eval/response_length"
+EVAL_TRUNCATED_SHARE = "eval/truncated_share"
+EVAL_FAILED_GRADES = "eval/failed_grades"
 
 SAMPLES = "progress/samples"
 
@@ -158,7 +164,13 @@ METRICS: dict[str, MetricInfo] = {
     STEP_SECONDS: MetricInfo("RL step", "s"),
     EVAL_ACCURACY: MetricInfo("held-out greedy accuracy"),
     EVAL_REWARD: MetricInfo("held-out greedy reward"),
+    EVAL_ACCURACY_ERROR: MetricInfo("standard error of the held-out greedy accuracy"),
     EVAL_PASS_AT_K: MetricInfo("held-out pass@k"),
+    EVAL_MAJ_AT_K: MetricInfo("held-out maj@k"),
+    EVAL_SAMPLED_ACCURACY: MetricInfo("held-out accuracy of samples"),
+    EVAL_RESPONSE_LENGTH: MetricInfo("held-out greedy response length", "tokens"),
+    EVAL_TRUNCATED_SHARE: MetricInfo("held-out greedy truncated share"),
+    EVAL_FAILED_GRADES: MetricInfo("failed grades of the evaluation", "completions"),
     SAMPLES: MetricInfo("samples", "completions"),
 }
 

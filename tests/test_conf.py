@@ -322,6 +322,7 @@ class TestMistakes:
             ["model.kv_channels=15"],
             ["model.num_query_groups=3"],
             ["model.init_method_std=0"],
+            ["evaluation.pass_samples=7"],
             ["parallel.backend=mpi"],
             ["parallel.timeout_minutes=0"],
             ["run.steps=0"],
