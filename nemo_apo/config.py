@@ -231,6 +231,8 @@ class RolloutConfig:
         top_k, top_p: not supported (they cut the policy's support); 0 and 1 mean off.
         resample: extra rounds of prompts drawn to replace groups without signal; 0 is off.
         micro_batch_size: sequences generated at once on a rank.
+        offload: keep gradients, moments and main weights out of the GPU's memory while completions
+            are generated; on GPUs only.
         importance_cap: bound on the weight min(exp(old - sampler), cap) of each token's gradient,
             which corrects for a sampler whose log-probs are not quite the trainer's; None weighs
             nothing (``nemo_apo.core.importance``).
@@ -244,6 +246,7 @@ class RolloutConfig:
     top_p: float = 1.0
     resample: int = 0
     micro_batch_size: int = 512
+    offload: bool = False
     importance_cap: float | None = None
 
 

@@ -37,6 +37,7 @@ from nemo_apo.trainer.model import (
     build_replica,
     build_training_model,
 )
+from nemo_apo.trainer.offload import offloaded
 from nemo_apo.trainer.sharing import Share, share_of
 
 
@@ -121,6 +122,10 @@ class Policy:
             return self.stage
         swap_model_weights(self.stage, self._replica, self._refit_backend)
         return self._replica
+
+    def offloaded(self) -> contextlib.AbstractContextManager[None]:
+        """Without the memory that only training needs; entered between optimizer steps."""
+        return offloaded(self.chunks, self.optimizer)
 
     def parameters(self) -> list[torch.nn.Parameter]:
         """Parameters of this rank's stage, in a fixed order."""
