@@ -63,7 +63,7 @@ def complete(
         model,
         [prompts[row] for row in rows],
         None if uniforms_NR is None else uniforms_NR[rows],
-        vocab_size=task.vocab_size,
+        vocab_size=policy.vocab_size,
         end_id=task.end_id,
         pad_id=task.pad_id,
         max_response_length=task.max_response_length,
