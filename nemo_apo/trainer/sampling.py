@@ -69,7 +69,7 @@ def complete(
             part = engine.generate(
                 [prompts[row] for row in rows],
                 None if uniforms_NR is None else uniforms_NR[rows],
-                Sampling.of(task, rollout.temperature, rollout.micro_batch_size),
+                Sampling.of(task, policy.vocab_size, rollout.temperature, rollout.micro_batch_size),
                 between=lambda: check_stop(stop or NeverStop()),
             )
         finally:
