@@ -41,7 +41,7 @@ from nemo_apo.trainer.shard_files import read_shards
 
 STATE_FILE = "trainer_state.json"
 ROLLOUT_FILE = "rollout.safetensors"
-_FORMAT = 4
+_FORMAT = 5
 # Keys of the state file where there is a rollout.
 _ROLLOUT, _UPDATE = "rollout", "update"
 
