@@ -32,6 +32,8 @@ CONSOLES = ("auto", "plain", "off")
 BACKENDS = ("auto", "gloo", "nccl")
 PARAMS_DTYPES = ("float32", "bfloat16")
 RECOMPUTE = ("none", "selective", "full")
+# The keys of ``nemo_apo.trainer.engines.ENGINES``.
+ROLLOUT_ENGINES = ("static",)
 LR_DECAY_STYLES = ("constant", "linear", "cosine")
 # Sections that a checkpoint is tied to, unless run.allow_changed names them.
 ALLOWED_CHANGES = (
@@ -89,6 +91,7 @@ class RunConfig:
         steps: RL steps.
         if_exists: "error", "overwrite" or "resume" where the folder already holds a run.
         dry_run: check and print, train nothing.
+        check_memory: on GPUs, refuse a run whose computed memory exceeds the GPU's.
         save_every: RL steps between checkpoints, the last step included; 0 saves none (but
             stopping early and ``stop_after`` do).
         keep_last: newest checkpoints that are kept; null keeps all.
@@ -114,6 +117,7 @@ class RunConfig:
     steps: int = 60
     if_exists: str = "error"
     dry_run: bool = False
+    check_memory: bool = True
     save_every: int = 40
     keep_last: int | None = None
     keep_best: int = 0
@@ -215,14 +219,19 @@ class RolloutConfig:
     """Sampling of one RL step.
 
     Attributes:
+        engine: what completes the prompts: "static" (the trainer's own model).
         prompts: prompts per rollout (groups).
         group_size: completions per prompt, P.
         temperature: of sampling; log-probs are those of the tempered policy throughout.
         top_k, top_p: not supported (they cut the policy's support); 0 and 1 mean off.
         resample: extra rounds of prompts drawn to replace groups without signal; 0 is off.
         micro_batch_size: sequences generated at once on a rank.
+        importance_cap: bound on the weight min(exp(old - sampler), cap) of each token's gradient,
+            which corrects for a sampler whose log-probs are not quite the trainer's; None weighs
+            nothing (``nemo_apo.core.importance``).
     """
 
+    engine: str = "static"
     prompts: int = 32
     group_size: int = 8
     temperature: float = 1.0
@@ -230,6 +239,7 @@ class RolloutConfig:
     top_p: float = 1.0
     resample: int = 0
     micro_batch_size: int = 512
+    importance_cap: float | None = None
 
 
 @dataclass(frozen=True)
@@ -381,7 +391,7 @@ def validate(config: Config, world_size: int) -> None:
     _check_rollout(config.rollout)
     _check_update(config.update, config.rollout)
     _check_optimizer(config.optimizer)
-    _check_warm_start(config.warm_start)
+    _check_warm_start(config.warm_start, config.task)
     _check_evaluation(config.evaluation)
 
 
@@ -572,6 +582,7 @@ def _refuse_unread_grading(grading: GradingSettings) -> None:
 
 
 def _check_rollout(rollout: RolloutConfig) -> None:
+    _one_of("rollout.engine", rollout.engine, ROLLOUT_ENGINES)
     _at_least("rollout", rollout, 1, "prompts", "micro_batch_size")
     _at_least("rollout", rollout, 2, "group_size")
     _at_least("rollout", rollout, 0, "resample")
@@ -579,6 +590,8 @@ def _check_rollout(rollout: RolloutConfig) -> None:
     cut = "top-k and top-p cut the support of the policy, so its log-probs would be wrong; "
     require(rollout.top_k == 0, "rollout.top_k", rollout.top_k, cut + "must be 0")
     require(rollout.top_p == 1.0, "rollout.top_p", rollout.top_p, cut + "must be 1")
+    cap, rule = rollout.importance_cap, "must be at least 1 and finite, or null for no correction"
+    require(cap is None or 1.0 <= cap < math.inf, "rollout.importance_cap", cap, rule)
 
 
 def _check_update(update: UpdateConfig, rollout: RolloutConfig) -> None:
@@ -612,10 +625,13 @@ def _check_optimizer(optimizer: OptimizerConfig) -> None:
         require(0.0 <= value < 1.0, f"optimizer.{key}", value, "must lie in [0, 1)")
 
 
-def _check_warm_start(warm_start: WarmStartConfig) -> None:
+def _check_warm_start(warm_start: WarmStartConfig, task: Task) -> None:
     _at_least("warm_start", warm_start, 0, "steps")
     _at_least("warm_start", warm_start, 1, "batch_size")
     _positive("warm_start", warm_start, "lr")
+    rule = f"must be 0 (or set warm_start.load): task={task.name} has nothing to imitate"
+    trains = warm_start.steps > 0 and warm_start.load is None
+    require(task.has_demonstrations or not trains, "warm_start.steps", warm_start.steps, rule)
 
 
 def _check_evaluation(evaluation: EvaluationConfig) -> None:

@@ -62,6 +62,8 @@ CLIPPED_SHARE = "policy/clipped_share"
 SAMPLER_MISMATCH = "policy/sampler_mismatch"
 SAMPLER_MISMATCH_MAX = "policy/sampler_mismatch_max"
 SAMPLER_WEIGHT_SPREAD = "policy/sampler_weight_spread"
+IMPORTANCE_WEIGHT = "policy/importance_weight"
+IMPORTANCE_CAPPED_SHARE = "policy/importance_capped_share"
 
 OBJECTIVE_VALUE = "update/objective"
 GRAD_NORM = "update/grad_norm"
@@ -132,6 +134,8 @@ METRICS: dict[str, MetricInfo] = {
     SAMPLER_MISMATCH: MetricInfo("sampler/trainer sequence log-prob gap", "nats/token"),
     SAMPLER_MISMATCH_MAX: MetricInfo("sampler/trainer log-prob gap (largest)", "nats/sequence"),
     SAMPLER_WEIGHT_SPREAD: MetricInfo("spread of trainer/sampler importance weights"),
+    IMPORTANCE_WEIGHT: MetricInfo("mean importance weight of a token"),
+    IMPORTANCE_CAPPED_SHARE: MetricInfo("share of tokens at the importance cap"),
     OBJECTIVE_VALUE: MetricInfo("objective"),
     GRAD_NORM: MetricInfo("gradient norm"),
     LEARNING_RATE: MetricInfo("learning rate"),

@@ -4,24 +4,21 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Collection, Mapping
-from random import Random
 from typing import Any
 
 from nemo_apo.config import ALLOWED_CHANGES, Config
-from nemo_apo.tasks import Task
 
 VOCABULARY, PROMPTS, SEED = "task.vocab_size", "task.prompts_sha256", "run.seed"
 # The weights themselves depend on these.
 _NEVER = ("model.", VOCABULARY, SEED)
 # Where only some keys of a section decide what data means; the others are limits.
 _MEANING = {"grading": ("grader", "tolerance")}
-_FINGERPRINT_PROMPTS = 64
 
 
 def fixed_values(config: Config) -> dict[str, Any]:
     """Every value that a checkpoint is tied to, by dotted key; plain JSON."""
     values = model_values(config) | _section_values(config, ALLOWED_CHANGES)
-    values |= {PROMPTS: prompts_fingerprint(config.task), SEED: config.run.seed}
+    values |= {PROMPTS: config.task.fingerprint(), SEED: config.run.seed}
     return _as_read(values)
 
 
@@ -61,12 +58,6 @@ def fingerprint(values: Mapping[str, Any]) -> str:
     """SHA-256 of values, in hex."""
     text = json.dumps(values, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def prompts_fingerprint(task: Task) -> str:
-    """SHA-256 of some of the task's prompts: other data behind the same settings shows in it."""
-    prompts = task.train_prompts(_FINGERPRINT_PROMPTS, Random("fingerprint"))
-    return fingerprint({"prompts": [[prompt.text, list(prompt.tokens)] for prompt in prompts]})
 
 
 def changes(

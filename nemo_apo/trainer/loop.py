@@ -29,6 +29,7 @@ from nemo_apo.trainer.checkpoint import TrainerState
 from nemo_apo.trainer.checkpoint_search import newest_verified, set_aside
 from nemo_apo.trainer.checkpoint_write import SaveFailed
 from nemo_apo.trainer.durable_files import replace_text
+from nemo_apo.trainer.engines.by_name import ENGINES
 from nemo_apo.trainer.evaluation import evaluate
 from nemo_apo.trainer.interruption import StopCheck, StoppedEarly, check_stop
 from nemo_apo.trainer.metrics import MetricsLog
@@ -104,7 +105,7 @@ def run(config: Config) -> None:
 def build_policy(config: Config, layout: Layout) -> Policy:
     """The policy of a configuration, with initial weights from the run's seed."""
     task = config.task
-    return Policy(
+    policy = Policy(
         config.model,
         config.optimizer,
         layout,
@@ -114,6 +115,8 @@ def build_policy(config: Config, layout: Layout) -> Policy:
         config.run.seed,
         config.parallel,
     )
+    policy.engine = ENGINES[config.rollout.engine](policy, config)
+    return policy
 
 
 class _Run:

@@ -7,7 +7,6 @@ state in a checkpoint. Axes: N sequences, G groups.
 import time
 from collections import Counter
 from dataclasses import dataclass, replace
-from random import Random
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from nemo_apo.config import Config
 from nemo_apo.core.filtering import SettledGroups, settle_groups
 from nemo_apo.core.groups import Groups
 from nemo_apo.grading import Grading
-from nemo_apo.tasks import Task
+from nemo_apo.tasks import PromptTurn, Task
 from nemo_apo.trainer.interruption import StopCheck
 from nemo_apo.trainer.policy import Policy
 from nemo_apo.trainer.rollouts import Rollouts, assemble, check_tokens, concatenate
@@ -94,7 +93,7 @@ class RolloutSource:
         config, task = self.config, self.task
         size = config.rollout.group_size
         stream = f"rollout/{step}/{again}"
-        distinct = task.train_prompts(count, Random(f"{config.run.seed}/{stream}"))
+        distinct = task.train_prompts(count, PromptTurn(config.run.seed, step, again))
         prompts = [prompt for prompt in distinct for _ in range(size)]
         for prompt in distinct:
             check_tokens(torch.tensor(prompt.tokens), task.vocab_size)
@@ -110,6 +109,7 @@ class RolloutSource:
             graded.rewards_N,
             task.max_prompt_length + task.max_response_length,
             task.pad_id,
+            keeps_token_logprobs=config.rollout.importance_cap is not None,
         )
         check_tokens(rollouts.tokens_NT, task.vocab_size)
         return rollouts

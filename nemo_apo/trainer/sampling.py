@@ -15,10 +15,10 @@ from nemo_apo.grading.outcome import reason_of
 from nemo_apo.parallel.gather import all_gather_objects, all_gather_rows, all_true
 from nemo_apo.parallel.layout import Layout
 from nemo_apo.tasks import Prompt, Task
+from nemo_apo.trainer.engines.interface import Sampling
 from nemo_apo.trainer.interruption import NeverStop, StopCheck, check_stop
 from nemo_apo.trainer.policy import Policy
 from nemo_apo.trainer.rollouts import Completions
-from nemo_apo.trainer.sampler import generate
 
 _LOG = logging.getLogger(__name__)
 
@@ -49,40 +49,47 @@ def complete(
     """Complete every prompt with the policy's current weights; the same result on all ranks.
 
     Args:
-        policy: whose sampler is refitted first.
+        policy: whose engine takes over its weights first.
         task: gives token ids and lengths.
         rollout: temperature and batch size.
         prompts: one per completion wanted.
-        uniforms_NR: see ``generate``; None decodes greedily.
+        uniforms_NR: see ``RolloutEngine.generate``; None decodes greedily.
         stop: asked between batches; None is never.
 
     Raises:
         StoppedEarly: on all ranks, if ``stop`` asks for it.
     """
-    model = policy.refit_sampler()
-    rows = _share(policy.layout, len(prompts))
-    part = generate(
-        model,
-        [prompts[row] for row in rows],
-        None if uniforms_NR is None else uniforms_NR[rows],
-        vocab_size=task.vocab_size,
-        end_id=task.end_id,
-        pad_id=task.pad_id,
-        max_response_length=task.max_response_length,
-        temperature=rollout.temperature,
-        micro_batch_size=rollout.micro_batch_size,
-        between=lambda: check_stop(stop or NeverStop()),
-    )
+    engine = policy.engine
+    rows = _share(policy.layout, engine.ranks_per_copy, len(prompts))
+    engine.wake()
+    try:
+        engine.refit()
+        part = engine.generate(
+            [prompts[row] for row in rows],
+            None if uniforms_NR is None else uniforms_NR[rows],
+            Sampling.of(task, rollout.temperature, rollout.micro_batch_size),
+            between=lambda: check_stop(stop or NeverStop()),
+        )
+    finally:
+        engine.sleep()
 
-    def gathered(values: Tensor) -> Tensor:
-        return all_gather_rows(values)[: len(prompts)].cpu()
+    def gathered(values_n: Tensor) -> Tensor:
+        values_N = of_first_ranks(all_gather_rows(values_n), len(rows), engine.ranks_per_copy)
+        return values_N[: len(prompts)].cpu()
 
     return Completions(
         tokens_NR=gathered(part.tokens_NR),
         lengths_N=gathered(part.lengths_N),
         finished_N=gathered(part.finished_N.to(torch.uint8)).bool(),
+        logprobs_NR=gathered(part.logprobs_NR),
         logprob_sums_N=gathered(part.logprob_sums_N),
     )
+
+
+def of_first_ranks(values_N: Tensor, rows: int, ranks_per_copy: int) -> Tensor:
+    """Of the rows of all ranks, ``rows`` of each, those of the first rank of each copy."""
+    by_copy = values_N.unflatten(0, (-1, ranks_per_copy, rows))
+    return by_copy[:, 0].flatten(0, 1)
 
 
 def grade(
@@ -157,7 +164,8 @@ def _per_rank(layout: Layout, count: int) -> int:
     return -(-count // layout.world_size)
 
 
-def _share(layout: Layout, count: int) -> list[int]:
-    """This rank's rows; those past the end repeat the last one and are cut off after gathering."""
-    per_rank = _per_rank(layout, count)
-    return [min(layout.rank * per_rank + i, count - 1) for i in range(per_rank)]
+def _share(layout: Layout, ranks_per_copy: int, count: int) -> list[int]:
+    """Rows of this rank's copy; those past the end repeat the last one and are cut off later."""
+    copies, copy = layout.world_size // ranks_per_copy, layout.rank // ranks_per_copy
+    per_copy = -(-count // copies)
+    return [min(copy * per_copy + i, count - 1) for i in range(per_copy)]
