@@ -139,13 +139,17 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A Qwen3-shaped dense decoder: RMSNorm, SwiGLU, RoPE, grouped-query attention, no bias.
+    """A dense decoder as Qwen3 and Qwen2.5: RMSNorm, SwiGLU, RoPE, grouped-query attention.
 
     Attributes:
+        path: folder of a checkpoint in Hugging Face's format whose weights training starts from,
+            and whose ``config.json`` the shapes must agree with; null starts from random weights.
+        vocab_size: tokens of the vocabulary, without padding; null is the task's.
         num_layers, hidden_size, ffn_hidden_size: sizes.
         num_attention_heads, num_query_groups: query heads and key/value heads.
         kv_channels: size of one head.
         qk_layernorm: RMSNorm on queries and keys (Qwen3).
+        add_qkv_bias: queries, keys and values have a bias (Qwen2.5).
         rotary_base: RoPE base.
         layernorm_epsilon: RMSNorm epsilon.
         tied_embeddings: one matrix for input embedding and output projection.
@@ -156,6 +160,8 @@ class ModelConfig:
     """
 
     name: str = "tiny_qwen3"
+    path: str | None = None
+    vocab_size: int | None = None
     num_layers: int = 2
     hidden_size: int = 64
     ffn_hidden_size: int = 168
@@ -163,6 +169,7 @@ class ModelConfig:
     num_query_groups: int = 2
     kv_channels: int = 16
     qk_layernorm: bool = True
+    add_qkv_bias: bool = False
     rotary_base: int = 10000
     layernorm_epsilon: float = 1e-6
     tied_embeddings: bool = False
@@ -362,6 +369,12 @@ def padded_vocab_size(vocab_size: int, model: ModelConfig) -> int:
     return (vocab_size + step - 1) // step * step
 
 
+def vocab_size(config: Config) -> int:
+    """Tokens that the model knows, without padding: its own vocabulary, else the task's."""
+    own = config.model.vocab_size
+    return config.task.vocab_size if own is None else own
+
+
 def unread_sections(objective: Objective) -> set[str]:
     """Sections that an objective never reads; setting one beside it is refused, not ignored."""
     unread: set[str] = set()
@@ -384,6 +397,7 @@ def validate(config: Config, world_size: int) -> None:
     """
     _check_run(config.run)
     _check_model(config.model)
+    _check_vocabulary(config)
     _check_layout(config, world_size)
     _check_keeping(config)
     _check_anchor(config.anchor)
@@ -461,6 +475,13 @@ def _check_model(model: ModelConfig) -> None:
     _one_of("model.params_dtype", model.params_dtype, PARAMS_DTYPES)
 
 
+def _check_vocabulary(config: Config) -> None:
+    model, task = config.model, config.task
+    own, needed = model.vocab_size, task.vocab_size
+    rule = f"must be at least the {needed} tokens of task={task.name}"
+    require(own is None or own >= needed, "model.vocab_size", own, rule)
+
+
 def _check_layout(config: Config, world_size: int) -> None:
     parallel, model = config.parallel, config.model
     sizes = (
@@ -481,7 +502,7 @@ def _check_layout(config: Config, world_size: int) -> None:
             tp,
             f"must divide model.{key}={value}",
         )
-    padded = padded_vocab_size(config.task.vocab_size, model)
+    padded = padded_vocab_size(vocab_size(config), model)
     require(
         padded % tp == 0,
         "parallel.tensor_model_parallel_size",

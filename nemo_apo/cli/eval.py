@@ -60,10 +60,10 @@ def main(arguments: argparse.Namespace) -> None:
     if evaluated.layout.rank != 0:
         return
     if arguments.json is not None:
-        _write(arguments.json, as_json(config, weights, evaluated))
+        _write(arguments.json, as_json(config, evaluated))
     if arguments.samples is not None:
         _write(arguments.samples, "".join(sample_lines(config, evaluated.seen)))
-    print(table(config, weights, evaluated))
+    print(table(config, evaluated))
 
 
 def _split(words: list[str]) -> tuple[Path | None, list[str]]:
@@ -109,12 +109,13 @@ def _weights(config: Config, folder: Path | None, which: str | None) -> Path | N
 
 def _require_weights(config: Config) -> None:
     load = config.warm_start.load
-    if load is None:
+    if load is not None:
+        require(Path(load).is_dir(), "warm_start.load", load, "there is no such folder")
+    elif config.model.path is None:
         raise ConfigError(
             "there is nothing to evaluate: give a run folder, a checkpoint folder, or the "
-            "configuration of weights (warm_start.load)"
+            "configuration of weights (model.path, warm_start.load)"
         )
-    require(Path(load).is_dir(), "warm_start.load", load, "there is no such folder")
 
 
 def _is_checkpoint(folder: Path) -> bool:

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from nemo_apo.config import Config
@@ -17,12 +16,12 @@ from nemo_apo.trainer.versions import versions_of
 _DISTRIBUTIONS = ("torch", "megatron-core")
 
 
-def table(config: Config, weights: Path | None, evaluated: Evaluated) -> str:
+def table(config: Config, evaluated: Evaluated) -> str:
     """What was evaluated, and every figure with its standard error."""
     seen, figures = evaluated.seen, evaluated.figures
     step = "" if evaluated.step is None else f", RL step {evaluated.step}"
     lines = [
-        f"{weights or config.warm_start.load}{step}",
+        f"{evaluated.source}{step}",
         f"task {config.task.name}, graded by {config.grading.grader}: "
         f"{count_text(len(seen.greedy.prompts))} held-out prompts greedily, "
         f"{count_text(figures.maj_at_k.prompts)} of them by {seen.per_prompt} samples "
@@ -56,11 +55,11 @@ def _row(label: str, value: str, error: str, prompts: str) -> str:
     return f"{label:<24}{value:>10}{error:>12}{prompts:>10}"
 
 
-def as_json(config: Config, weights: Path | None, evaluated: Evaluated) -> str:
+def as_json(config: Config, evaluated: Evaluated) -> str:
     """The same as JSON; a number that is not finite becomes null."""
     figures, layout = evaluated.figures, evaluated.layout
     content = {
-        "weights": str(weights or config.warm_start.load),
+        "weights": evaluated.source,
         "step": evaluated.step,
         "task": dataclasses.asdict(config.task),  # type: ignore[call-overload]
         "grader": config.grading.grader,

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 
 from nemo_apo.cli.dry_run import plan
 from nemo_apo.cli.overrides import add_config_arguments, composed
+from nemo_apo.compose.hf_model import check_checkpoint
 from nemo_apo.config import Config, ConfigError, RunConfig, require, validate
 from nemo_apo.grading import GradingBroken
 from nemo_apo.grading.service import check_grader
@@ -46,6 +47,7 @@ def main(arguments: argparse.Namespace) -> None:
         _check_memory(config, ranks, gpu_memory(config.parallel.backend))
     first = os.environ.get("RANK", "0") == "0"
     if config.run.dry_run:
+        check_checkpoint(config)
         if first:
             print(plan(config, ranks))
         return

@@ -19,7 +19,7 @@ allocator loses to fragments comes on top. Computed, not measured.
 
 from dataclasses import dataclass, replace
 
-from nemo_apo.config import Config
+from nemo_apo.config import Config, vocab_size
 from nemo_apo.planning.activations import FLOAT, local_tokens, split
 from nemo_apo.planning.layout import Layout
 from nemo_apo.planning.memory import (
@@ -61,7 +61,7 @@ class RunMemory:
 def run_memory(config: Config, world_size: int) -> RunMemory:
     """The memory of a valid configuration on ``world_size`` ranks."""
     question = _question(config, world_size)
-    shapes = Shapes.of(config.model, question.workload.vocab_size)
+    shapes = Shapes.of(config.model, question.vocab_size)
     layout = _layout(config, world_size, question)
     stage, training = fullest_stage(question, shapes, layout)
     held = {
@@ -99,7 +99,7 @@ def _question(config: Config, world_size: int) -> Question:
             sequence_length=task.max_prompt_length + task.max_response_length,
             sequences=rollout.prompts * rollout.group_size // update.mini_batches,
             micro_batch_size=update.micro_batch_size,
-            vocab_size=task.vocab_size,
+            vocab_size=vocab_size(config),
             attention="gathered" if parallel.context_parallel_size > 1 else "unfused",
         ),
     )

@@ -26,6 +26,7 @@ class Evaluated:
     """An evaluation and what it is of.
 
     Attributes:
+        source: where the weights were read, for a person.
         step: RL step of the checkpoint; None where it states none.
         layout: where the ranks stood, for a person.
         seconds: of sampling and grading.
@@ -33,6 +34,7 @@ class Evaluated:
 
     seen: Examination
     figures: Evaluation
+    source: str
     step: int | None
     layout: Layout
     seconds: float
@@ -96,11 +98,14 @@ def evaluate_weights(config: Config, folder: Path | None) -> Evaluated:
     """
     set_threads(config.run)
     with ranks(config) as (layout, stop):
-        policy = build_policy(config, layout)
+        load = config.warm_start.load
+        policy = build_policy(config, layout, weights_follow=bool(folder or load))
         step = _load(config, folder, policy)
         began = time.perf_counter()
         seen = examine(policy, config, config.task, stop)
-        return Evaluated(seen, figures(seen), step, layout, time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+    source = str(folder or load or config.model.path)
+    return Evaluated(seen, figures(seen), source, step, layout, seconds)
 
 
 def _load(config: Config, folder: Path | None, policy: Policy) -> int | None:

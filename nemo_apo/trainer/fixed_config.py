@@ -6,13 +6,15 @@ import json
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from nemo_apo.config import ALLOWED_CHANGES, Config
+from nemo_apo.config import ALLOWED_CHANGES, Config, vocab_size
 
 VOCABULARY, PROMPTS, SEED = "task.vocab_size", "task.prompts_sha256", "run.seed"
 # The weights themselves depend on these.
 _NEVER = ("model.", VOCABULARY, SEED)
 # Where only some keys of a section decide what data means; the others are limits.
 _MEANING = {"grading": ("grader", "tolerance")}
+# Where a checkpoint's first weights came from decides nothing once they are in it.
+_WITHOUT = {"model": {"path"}}
 
 
 def fixed_values(config: Config) -> dict[str, Any]:
@@ -25,7 +27,7 @@ def fixed_values(config: Config) -> dict[str, Any]:
 def model_values(config: Config) -> dict[str, Any]:
     """Those that the weights alone are tied to."""
     values = _section_values(config, ("model",))
-    return _as_read({**values, VOCABULARY: config.task.vocab_size})
+    return _as_read({**values, VOCABULARY: vocab_size(config)})
 
 
 def model_changes(saved: Mapping[str, Any], config: Config) -> list[str]:
@@ -51,7 +53,8 @@ def _as_read(values: Mapping[str, Any]) -> dict[str, Any]:
 def meaning(section: str, settings: Any) -> dict[str, Any]:
     """The values of a section, a dataclass, without those that decide nothing that is learned."""
     values = dataclasses.asdict(settings)
-    return {key: values[key] for key in _MEANING.get(section, values)}
+    kept = _MEANING.get(section, values)
+    return {key: values[key] for key in kept if key not in _WITHOUT.get(section, ())}
 
 
 def fingerprint(values: Mapping[str, Any]) -> str:

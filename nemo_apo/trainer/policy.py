@@ -15,6 +15,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.resharding.refit import swap_model_weights
 from torch import Tensor
 
+from nemo_apo.compose.hf_model import decoder_of
 from nemo_apo.config import ModelConfig, OptimizerConfig, ParallelConfig, padded_vocab_size
 from nemo_apo.parallel.gather import (
     all_gather_rows,
@@ -30,6 +31,7 @@ from nemo_apo.parallel.step import (
     run_micro_batches,
 )
 from nemo_apo.trainer.engines.interface import RolloutEngine
+from nemo_apo.trainer.hf_weights import load_hf_weights
 from nemo_apo.trainer.micro_batch import MicroBatch
 from nemo_apo.trainer.model import (
     Stage,
@@ -78,7 +80,23 @@ class Policy:
         temperature: float,
         seed: int,
         parallel: ParallelConfig,
+        weights_follow: bool = False,
     ) -> None:
+        """Build the model with its initial weights: random ones, or those at ``model.path``.
+
+        Args:
+            model, optimizer, parallel: of the configuration.
+            layout: where this rank stands.
+            vocab_size: the unpadded vocabulary.
+            max_sequence_length: longest prompt and completion, tokens.
+            temperature: of sampling.
+            seed: of random weights.
+            weights_follow: the caller loads other weights before any is used, so that those at
+                ``model.path`` need not be there any more.
+
+        Raises:
+            ConfigError: on every rank, if one cannot read its part of ``model.path``.
+        """
         self.layout = layout
         self.vocab_size = vocab_size
         self.temperature = temperature
@@ -87,23 +105,34 @@ class Policy:
         if parallel.sequence_parallel:
             self._width_multiple *= layout.tensor_size
         padded = padded_vocab_size(vocab_size, model)
+        initialize = model.path is None
         torch.manual_seed(seed)
-        self.chunks = build_training_model(model, layout, parallel, padded, max_sequence_length)
+        self.chunks = build_training_model(
+            model, layout, parallel, padded, max_sequence_length, initialize
+        )
         modules = [chunk.module for chunk in self.chunks]
         self.stage = modules[0] if len(modules) == 1 else Stage(modules)
         self._replica: GPTModel | None = None
         if layout.is_model_parallel:
             torch.manual_seed(seed)
             self._replica = build_replica(
-                model, layout, padded, max_sequence_length, single_rank_groups()
+                model, layout, padded, max_sequence_length, single_rank_groups(), initialize
             )
-            # Initial weights come from the replica, so they do not depend on the layout.
-            with _without_tied_copy(self.stage):
-                swap_model_weights(self._replica, self.stage, self._refit_backend)
-            # Fills that copy from the first stage; nothing to do where there is none.
-            for module in modules:
-                module.setup_embeddings_and_output_layer()
+        if model.path is None:
+            self._take_weights_of_replica()
+        elif not weights_follow:
+            load_hf_weights(model.path, decoder_of(model, vocab_size), modules, layout)
         self.set_optimizer(optimizer)
+
+    def _take_weights_of_replica(self) -> None:
+        """Random weights come from the replica, so they do not depend on the layout."""
+        if self._replica is None:
+            return
+        with _without_tied_copy(self.stage):
+            swap_model_weights(self._replica, self.stage, self._refit_backend)
+        # Fills that copy from the first stage; nothing to do where there is none.
+        for chunk in self.chunks:
+            chunk.module.setup_embeddings_and_output_layer()
 
     @property
     def _refit_backend(self) -> str:

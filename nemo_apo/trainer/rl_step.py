@@ -109,7 +109,7 @@ class RLStep:
         self.remembered = remembered
         self.stop = stop or NeverStop()
         self.source = RolloutSource(policy, config, task, self.stop)
-        self.limits = RolloutLimits(task.vocab_size, task.max_response_length)
+        self.limits = RolloutLimits(policy.vocab_size, task.max_response_length)
 
     def run(
         self,

@@ -96,7 +96,7 @@ class RolloutSource:
         distinct = task.train_prompts(count, PromptTurn(config.run.seed, step, again))
         prompts = [prompt for prompt in distinct for _ in range(size)]
         for prompt in distinct:
-            check_tokens(torch.tensor(prompt.tokens), task.vocab_size)
+            check_tokens(torch.tensor(prompt.tokens), self.policy.vocab_size)
         draws = uniforms(config.run.seed, stream, len(prompts), task.max_response_length)
         completions = complete(self.policy, task, config.rollout, prompts, draws, self.stop)
         graded = grade(self.policy.layout, self.grading, task, prompts, completions)
@@ -111,7 +111,7 @@ class RolloutSource:
             task.pad_id,
             keeps_token_logprobs=config.rollout.importance_cap is not None,
         )
-        check_tokens(rollouts.tokens_NT, task.vocab_size)
+        check_tokens(rollouts.tokens_NT, self.policy.vocab_size)
         return rollouts
 
     def _unselected_rewards(self, first: Rollouts) -> Tensor:

@@ -4,7 +4,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -67,7 +67,10 @@ def complete(
         part = engine.generate(
             [prompts[row] for row in rows],
             None if uniforms_NR is None else uniforms_NR[rows],
-            Sampling.of(task, rollout.temperature, rollout.micro_batch_size),
+            replace(
+                Sampling.of(task, rollout.temperature, rollout.micro_batch_size),
+                vocab_size=policy.vocab_size,
+            ),
             between=lambda: check_stop(stop or NeverStop()),
         )
     finally:
