@@ -13,6 +13,7 @@ from nemo_apo.config import Config, EvaluationConfig
 from nemo_apo.grading import GradingSettings
 from nemo_apo.parallel import layout as parallel_layout
 from nemo_apo.tasks import Prompt
+from nemo_apo.trainer.engines.interface import Sampling
 from nemo_apo.trainer.evaluation import evaluate, figures
 from nemo_apo.trainer.examination import Answers, Examination, examine
 from nemo_apo.trainer.loop import build_policy
@@ -57,16 +58,9 @@ def test_with_as_many_samples_as_k_the_figures_are_shares_of_the_same_samples() 
         prompts = task.test_prompts(12)
         samples = [prompt for prompt in prompts[:7] for _ in range(3)]
         draws = uniforms(config.run.seed, "pass@k", 21, task.max_response_length)
-        settings = {
-            "vocab_size": task.vocab_size,
-            "end_id": task.end_id,
-            "pad_id": task.pad_id,
-            "max_response_length": task.max_response_length,
-            "temperature": config.rollout.temperature,
-            "micro_batch_size": 16,
-        }
-        greedy = generate(model, prompts, None, **settings)
-        sampled = generate(model, samples, draws, **settings)
+        sampling = Sampling.of(task, config.rollout.temperature, 16)
+        greedy = generate(model, prompts, None, sampling)
+        sampled = generate(model, samples, draws, sampling)
         solved = [task.solved(prompt, greedy.row(row)) for row, prompt in enumerate(prompts)]
         hits = [task.solved(prompt, sampled.row(row)) for row, prompt in enumerate(samples)]
         passed = [any(hits[3 * i : 3 * i + 3]) for i in range(7)]
@@ -154,6 +148,7 @@ def answers_of(
         tokens_NR=torch.zeros(count, 8, dtype=torch.int64),
         lengths_N=torch.tensor(lengths),
         finished_N=torch.tensor(finished),
+        logprobs_NR=torch.zeros(count, 8),
         logprob_sums_N=torch.zeros(count, dtype=torch.float64),
     )
     rewards = [0.5 * value for value in right]
