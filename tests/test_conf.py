@@ -537,6 +537,13 @@ class TestFiles:
         assert config.run.steps == 9
         assert compose(["objective=apo"], config_file=file).objective.beta_r == 0.5
 
+    def test_also_one_of_a_section_without_a_name(self, tmp_path: Path) -> None:
+        file = tmp_path / "config.yaml"
+        file.write_text(to_yaml(compose(["run.steps=9"])))
+        config = compose(["parallel=tp2"], config_file=file)
+        assert config.parallel == compose(["parallel=tp2"]).parallel != Config().parallel
+        assert config.run.steps == 9
+
     @pytest.mark.parametrize(
         ("text", "part"),
         [
