@@ -8,7 +8,7 @@ or file is made. Defaults stand here and, commented, in ``conf/``; a test holds 
 
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nemo_apo.core.alpha_schedule import SCHEDULES, GuardedSchedule, Schedule
@@ -328,6 +328,12 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     diagnostics: Thresholds = field(default_factory=Thresholds)
 
+    def __post_init__(self) -> None:
+        # "task" stands for the task's own grader; for a task of text, that is one by name.
+        named = self.task.text_grader
+        if self.grading.grader == TASK_GRADER and named is not None:
+            object.__setattr__(self, "grading", replace(self.grading, grader=named))
+
 
 # The default value of every section whose class depends on its ``name`` field.
 TAGGED_SECTIONS: dict[str, dict[str, Any]] = {
@@ -365,6 +371,7 @@ def validate(config: Config, world_size: int) -> None:
         ConfigError: naming key, value and rule.
     """
     _check_run(config.run)
+    _check_task(config.task)
     _check_model(config.model)
     _check_layout(config, world_size)
     _check_keeping(config)
@@ -375,6 +382,28 @@ def validate(config: Config, world_size: int) -> None:
     _check_optimizer(config.optimizer)
     _check_warm_start(config.warm_start, config.task)
     _check_evaluation(config.evaluation)
+
+
+def check_task_data(config: Config) -> list[str]:
+    """Load the task's data and check it against the configuration.
+
+    Returns:
+        What was kept and dropped, in lines.
+
+    Raises:
+        ConfigError: if data is missing, cannot be read or is too little.
+    """
+    try:
+        report, held_out = config.task.data_report(), config.task.test_size
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    if held_out is not None:
+        prompts, rule = (
+            config.evaluation.prompts,
+            f"must not exceed the {held_out} held-out prompts",
+        )
+        require(prompts <= held_out, "evaluation.prompts", prompts, rule)
+    return report
 
 
 def _at_least(section: str, values: object, minimum: int, *keys: str) -> None:
@@ -416,6 +445,14 @@ def _check_run(run: RunConfig) -> None:
             seconds_of_time(run.max_time)
         except ValueError as error:
             raise ConfigError(f"run.max_time={run.max_time}: {error}") from None
+
+
+def _check_task(task: Task) -> None:
+    """Read what needs no data set: a tokenizer, where there is one."""
+    try:
+        task.vocab_size  # noqa: B018
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def _check_model(model: ModelConfig) -> None:

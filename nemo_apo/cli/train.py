@@ -8,7 +8,7 @@ import warnings
 
 from nemo_apo.cli.dry_run import plan
 from nemo_apo.cli.overrides import add_config_arguments, composed
-from nemo_apo.config import Config, ConfigError, RunConfig, validate
+from nemo_apo.config import Config, ConfigError, RunConfig, check_task_data, validate
 from nemo_apo.grading import GradingBroken
 from nemo_apo.grading.service import check_grader
 
@@ -42,6 +42,9 @@ def main(arguments: argparse.Namespace) -> None:
         if first:
             print(plan(config, ranks))
         return
+    for line in check_task_data(config):
+        if first:
+            print(line, flush=True)
     _ignore_fallback_warnings()
     _require_packages(config.run)
     from nemo_apo.parallel.liveness import RanksLost
