@@ -13,6 +13,8 @@ VOCABULARY, PROMPTS, SEED = "task.vocab_size", "task.prompts_sha256", "run.seed"
 _NEVER = ("model.", VOCABULARY, SEED)
 # Where only some keys of a section decide what data means; the others are limits.
 _MEANING = {"grading": ("grader", "tolerance")}
+# Where data and tokenizer are read from; the digest of the prompts says what they are.
+_PLACES = {"task": ("tokenizer", "chat_template", "path", "test_path")}
 
 
 def fixed_values(config: Config) -> dict[str, Any]:
@@ -35,7 +37,8 @@ def fixed_values(config: Config) -> dict[str, Any]:
 def meaning(section: str, settings: Any) -> dict[str, Any]:
     """The values of a section, a dataclass, without those that decide nothing that is learned."""
     values = dataclasses.asdict(settings)
-    return {key: values[key] for key in _MEANING.get(section, values)}
+    places = _PLACES.get(section, ())
+    return {key: values[key] for key in _MEANING.get(section, values) if key not in places}
 
 
 def fingerprint(values: Mapping[str, Any]) -> str:
