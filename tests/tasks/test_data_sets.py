@@ -1,4 +1,4 @@
-"""Tasks from data sets, by the real ``datasets`` library on tiny files: what is kept, what is not."""
+"""Tasks from data sets, by the real ``datasets`` library on tiny files: what is kept and why."""
 
 import json
 import os
