@@ -20,6 +20,7 @@ from nemo_apo.core.temperature import TEMPERATURES, FixedTemperature, Temperatur
 from nemo_apo.grading.graders import GRADERS, NEEDS_WORKER
 from nemo_apo.grading.pool import longest_call_s
 from nemo_apo.grading.settings import TASK_GRADER, GradingSettings
+from nemo_apo.grading.shaping import Shaping
 from nemo_apo.tasks import TASKS, SortTask, Task
 
 
@@ -32,6 +33,8 @@ CONSOLES = ("auto", "plain", "off")
 BACKENDS = ("auto", "gloo", "nccl")
 PARAMS_DTYPES = ("float32", "bfloat16")
 RECOMPUTE = ("none", "selective", "full")
+# The keys of ``nemo_apo.trainer.engines.ENGINES``.
+ROLLOUT_ENGINES = ("static",)
 LR_DECAY_STYLES = ("constant", "linear", "cosine")
 # Sections that a checkpoint is tied to, unless run.allow_changed names them.
 ALLOWED_CHANGES = (
@@ -43,10 +46,17 @@ ALLOWED_CHANGES = (
     "regularizers",
     "rollout",
     "grading",
+    "shaping",
     "optimizer",
 )
 # Metrics of which more is better.
-BEST_METRICS = ("eval/accuracy", "eval/reward", "eval/pass_at_k", "reward/mean")
+BEST_METRICS = (
+    "eval/accuracy",
+    "eval/reward",
+    "eval/pass_at_k",
+    "eval/maj_at_k",
+    "reward/mean",
+)
 
 
 _MAX_TIME = re.compile(r"(?:(\d+):)?(\d{1,2}):([0-5]\d):([0-5]\d)")
@@ -83,6 +93,7 @@ class RunConfig:
         steps: RL steps.
         if_exists: "error", "overwrite" or "resume" where the folder already holds a run.
         dry_run: check and print, train nothing.
+        check_memory: on GPUs, refuse a run whose computed memory exceeds the GPU's.
         save_every: RL steps between checkpoints, the last step included; 0 saves none (but
             stopping early and ``stop_after`` do).
         keep_last: newest checkpoints that are kept; null keeps all.
@@ -108,6 +119,7 @@ class RunConfig:
     steps: int = 60
     if_exists: str = "error"
     dry_run: bool = False
+    check_memory: bool = True
     save_every: int = 40
     keep_last: int | None = None
     keep_best: int = 0
@@ -209,14 +221,19 @@ class RolloutConfig:
     """Sampling of one RL step.
 
     Attributes:
+        engine: what completes the prompts: "static" (the trainer's own model).
         prompts: prompts per rollout (groups).
         group_size: completions per prompt, P.
         temperature: of sampling; log-probs are those of the tempered policy throughout.
         top_k, top_p: not supported (they cut the policy's support); 0 and 1 mean off.
         resample: extra rounds of prompts drawn to replace groups without signal; 0 is off.
         micro_batch_size: sequences generated at once on a rank.
+        importance_cap: bound on the weight min(exp(old - sampler), cap) of each token's gradient,
+            which corrects for a sampler whose log-probs are not quite the trainer's; None weighs
+            nothing (``nemo_apo.core.importance``).
     """
 
+    engine: str = "static"
     prompts: int = 32
     group_size: int = 8
     temperature: float = 1.0
@@ -224,6 +241,7 @@ class RolloutConfig:
     top_p: float = 1.0
     resample: int = 0
     micro_batch_size: int = 512
+    importance_cap: float | None = None
 
 
 @dataclass(frozen=True)
@@ -296,14 +314,16 @@ class EvaluationConfig:
     Attributes:
         every: RL steps between evaluations (the start and the end are always evaluated).
         prompts: held-out prompts for the greedy figures.
-        pass_prompts: of these, how many are sampled for pass@k.
-        pass_k: samples per prompt.
+        pass_prompts: of these, how many are sampled for pass@k and maj@k.
+        pass_k: their k.
+        pass_samples: samples per prompt, from which pass@k is estimated; null is pass_k.
     """
 
     every: int = 10
     prompts: int = 512
     pass_prompts: int = 128
     pass_k: int = 8
+    pass_samples: int | None = None
 
 
 @dataclass(frozen=True)
@@ -321,6 +341,7 @@ class Config:
     regularizers: Regularizers = field(default_factory=Regularizers)
     groups: GroupRules = field(default_factory=GroupRules)
     grading: GradingSettings = field(default_factory=GradingSettings)
+    shaping: Shaping = field(default_factory=Shaping)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     update: UpdateConfig = field(default_factory=UpdateConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -377,6 +398,7 @@ def validate(config: Config, world_size: int) -> None:
     _check_keeping(config)
     _check_anchor(config.anchor)
     _check_grading(config.grading, config.parallel)
+    _check_shaping(config.shaping, config.task)
     _check_rollout(config.rollout)
     _check_update(config.update, config.rollout)
     _check_optimizer(config.optimizer)
@@ -398,10 +420,8 @@ def check_task_data(config: Config) -> list[str]:
     except ValueError as error:
         raise ConfigError(str(error)) from None
     if held_out is not None:
-        prompts, rule = (
-            config.evaluation.prompts,
-            f"must not exceed the {held_out} held-out prompts",
-        )
+        prompts = config.evaluation.prompts
+        rule = f"must not exceed the {held_out} held-out prompts"
         require(prompts <= held_out, "evaluation.prompts", prompts, rule)
     return report
 
@@ -600,7 +620,15 @@ def _refuse_unread_grading(grading: GradingSettings) -> None:
     require(read, "grading.tolerance", grading.tolerance, rule)
 
 
+def _check_shaping(shaping: Shaping, task: Task) -> None:
+    limit = task.max_response_length
+    fits = shaping.overlong == 0.0 or shaping.overlong_cache <= limit
+    rule = f"must not exceed the length limit of {limit} tokens"
+    require(fits, "shaping.overlong_cache", shaping.overlong_cache, rule)
+
+
 def _check_rollout(rollout: RolloutConfig) -> None:
+    _one_of("rollout.engine", rollout.engine, ROLLOUT_ENGINES)
     _at_least("rollout", rollout, 1, "prompts", "micro_batch_size")
     _at_least("rollout", rollout, 2, "group_size")
     _at_least("rollout", rollout, 0, "resample")
@@ -608,6 +636,8 @@ def _check_rollout(rollout: RolloutConfig) -> None:
     cut = "top-k and top-p cut the support of the policy, so its log-probs would be wrong; "
     require(rollout.top_k == 0, "rollout.top_k", rollout.top_k, cut + "must be 0")
     require(rollout.top_p == 1.0, "rollout.top_p", rollout.top_p, cut + "must be 1")
+    cap, rule = rollout.importance_cap, "must be at least 1 and finite, or null for no correction"
+    require(cap is None or 1.0 <= cap < math.inf, "rollout.importance_cap", cap, rule)
 
 
 def _check_update(update: UpdateConfig, rollout: RolloutConfig) -> None:
@@ -658,3 +688,6 @@ def _check_evaluation(evaluation: EvaluationConfig) -> None:
         evaluation.pass_prompts,
         f"must not exceed evaluation.prompts={evaluation.prompts}",
     )
+    samples, k = evaluation.pass_samples, evaluation.pass_k
+    rule = f"must be at least evaluation.pass_k={k}"
+    require(samples is None or samples >= k, "evaluation.pass_samples", samples, rule)

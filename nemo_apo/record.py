@@ -29,6 +29,10 @@ FINDINGS = "findings"
 REWARD_MEAN = "reward/mean"
 REWARD_STD = "reward/std"
 REWARD_FAILED = "reward/failed_grades"
+# Of the first round's completions: the grader's own value, where it did not fail, and the terms of
+# ``shaping`` before their weights; a term that is off is absent.
+REWARD_CORRECT = "reward/correct"
+SHAPING_TERMS = {name: f"reward/{name}" for name in ("format", "repetition", "overlong")}
 
 # Failed grades by reason (a key of ``nemo_apo.grading.REASONS``), those of resampled groups
 # included; a reason that did not occur is absent.
@@ -62,6 +66,8 @@ CLIPPED_SHARE = "policy/clipped_share"
 SAMPLER_MISMATCH = "policy/sampler_mismatch"
 SAMPLER_MISMATCH_MAX = "policy/sampler_mismatch_max"
 SAMPLER_WEIGHT_SPREAD = "policy/sampler_weight_spread"
+IMPORTANCE_WEIGHT = "policy/importance_weight"
+IMPORTANCE_CAPPED_SHARE = "policy/importance_capped_share"
 
 OBJECTIVE_VALUE = "update/objective"
 GRAD_NORM = "update/grad_norm"
@@ -92,7 +98,13 @@ STEP_SECONDS = "time/step_s"
 
 EVAL_ACCURACY = "eval/accuracy"
 EVAL_REWARD = "eval/reward"
+EVAL_ACCURACY_ERROR = "eval/accuracy_error"
 EVAL_PASS_AT_K = "eval/pass_at_k"
+EVAL_MAJ_AT_K = "eval/maj_at_k"
+EVAL_SAMPLED_ACCURACY = "eval/sampled_accuracy"
+EVAL_RESPONSE_LENGTH = "eval/response_length"
+EVAL_TRUNCATED_SHARE = "eval/truncated_share"
+EVAL_FAILED_GRADES = "eval/failed_grades"
 
 SAMPLES = "progress/samples"
 
@@ -109,6 +121,10 @@ METRICS: dict[str, MetricInfo] = {
     REWARD_MEAN: MetricInfo("mean reward"),
     REWARD_STD: MetricInfo("reward standard deviation"),
     REWARD_FAILED: MetricInfo("failed grades", "samples"),
+    REWARD_CORRECT: MetricInfo("mean grade before shaping"),
+    SHAPING_TERMS["format"]: MetricInfo("share in the format"),
+    SHAPING_TERMS["repetition"]: MetricInfo("share of repeated n-grams"),
+    SHAPING_TERMS["overlong"]: MetricInfo("share of the overlong cache used"),
     **{
         name: MetricInfo(f"failed grades, {reason.replace('_', ' ')}", "samples")
         for reason, name in FAILED_GRADES_BY_REASON.items()
@@ -126,6 +142,8 @@ METRICS: dict[str, MetricInfo] = {
     SAMPLER_MISMATCH: MetricInfo("sampler/trainer sequence log-prob gap", "nats/token"),
     SAMPLER_MISMATCH_MAX: MetricInfo("sampler/trainer log-prob gap (largest)", "nats/sequence"),
     SAMPLER_WEIGHT_SPREAD: MetricInfo("spread of trainer/sampler importance weights"),
+    IMPORTANCE_WEIGHT: MetricInfo("mean importance weight of a token"),
+    IMPORTANCE_CAPPED_SHARE: MetricInfo("share of tokens at the importance cap"),
     OBJECTIVE_VALUE: MetricInfo("objective"),
     GRAD_NORM: MetricInfo("gradient norm"),
     LEARNING_RATE: MetricInfo("learning rate"),
@@ -151,7 +169,13 @@ METRICS: dict[str, MetricInfo] = {
     STEP_SECONDS: MetricInfo("RL step", "s"),
     EVAL_ACCURACY: MetricInfo("held-out greedy accuracy"),
     EVAL_REWARD: MetricInfo("held-out greedy reward"),
+    EVAL_ACCURACY_ERROR: MetricInfo("standard error of the held-out greedy accuracy"),
     EVAL_PASS_AT_K: MetricInfo("held-out pass@k"),
+    EVAL_MAJ_AT_K: MetricInfo("held-out maj@k"),
+    EVAL_SAMPLED_ACCURACY: MetricInfo("held-out accuracy of samples"),
+    EVAL_RESPONSE_LENGTH: MetricInfo("held-out greedy response length", "tokens"),
+    EVAL_TRUNCATED_SHARE: MetricInfo("held-out greedy truncated share"),
+    EVAL_FAILED_GRADES: MetricInfo("failed grades of the evaluation", "completions"),
     SAMPLES: MetricInfo("samples", "completions"),
 }
 

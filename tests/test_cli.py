@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 import yaml
 
 import nemo_apo
@@ -212,6 +213,7 @@ class TestDryRun:
         assert plan["task"] == "sort, reward exact"
         assert (plan["objective"], plan["schedule"]) == ("apo", "guarded")
         assert plan["layout"] == "8 ranks = TP 2 x PP 2 x DP 2"
+        assert plan["memory"].endswith("on the fullest rank, computed; fits on h100, h200")
         assert plan["samples"] == "60 per RL step (12 prompts x 5 completions), 600 in all"
         assert plan["optimizer steps"] == "6 per RL step (3 mini-batches x 2 epochs), 60 in all"
 
@@ -246,7 +248,32 @@ class TestDryRun:
         ],
     )
     def test_parameters(self, overrides: list[str], parameters: int) -> None:
-        assert dry_run.parameter_count(compose(overrides)) == parameters
+        plan = dry_run.plan(compose(overrides), 1)
+        assert f"tiny_qwen3, {parameters:,} parameters\n" in plan
+
+
+class TestMemory:
+    def test_a_run_that_cannot_fit_is_refused_with_the_numbers(
+        self, nemo_apo_command, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(train, "gpu_memory", lambda backend: 80_000_000_000)
+        done = nemo_apo_command("train", "model=qwen3_8b", "run.dry_run=true")
+        assert done.status == 2
+        assert "parallel (TP x PP x CP)=1x1x1: a rank needs 1" in done.err
+        assert "and its GPU has 80.0 GB" in done.err
+
+    def test_one_that_fits_or_is_tried_all_the_same_is_not(
+        self, nemo_apo_command, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(train, "gpu_memory", lambda backend: 80_000_000_000)
+        assert nemo_apo_command("train", "run.dry_run=true").status == 0
+        forced = ("model=qwen3_8b", "run.dry_run=true", "run.check_memory=false")
+        assert nemo_apo_command("train", *forced).status == 0
+
+    def test_without_a_gpu_there_is_no_bound(self) -> None:
+        if not torch.cuda.is_available():
+            assert train.gpu_memory("auto") is None
+        assert train.gpu_memory("gloo") is None
 
 
 class TestConfig:

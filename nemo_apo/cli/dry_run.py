@@ -2,7 +2,10 @@
 
 from pathlib import Path
 
-from nemo_apo.config import Config, ModelConfig, padded_vocab_size
+from nemo_apo.config import Config
+from nemo_apo.planning.run_memory import RunMemory, run_memory
+from nemo_apo.planning.settings import GPU_MEMORY
+from nemo_apo.planning.shapes import Shapes
 from nemo_apo.record import CONFIG_FILE
 
 
@@ -16,8 +19,9 @@ def plan(config: Config, world_size: int) -> str:
         "task": f"{config.task.name}, reward {config.task.reward}",
         "objective": config.objective.name,
         "schedule": _schedule(config),
-        "model": f"{config.model.name}, {parameter_count(config):,} parameters",
+        "model": f"{config.model.name}, {_shapes(config).parameters:,} parameters",
         "layout": _layout(config, world_size),
+        "memory": _memory(run_memory(config, world_size)),
         "RL steps": f"{steps}",
         "samples": f"{samples} per RL step "
         f"({rollout.prompts} prompts x {rollout.group_size} completions), {samples * steps} in all",
@@ -50,6 +54,16 @@ def _layout(config: Config, world_size: int) -> str:
     return f"{ranks} = TP {tensor} x PP {pipeline} x DP {data}"
 
 
+def _shapes(config: Config) -> Shapes:
+    return Shapes.of(config.model, config.task.vocab_size)
+
+
+def _memory(memory: RunMemory) -> str:
+    large = [name for name, size in GPU_MEMORY.items() if memory.total <= size]
+    where = f"fits on {', '.join(large)}" if large else f"fits on none of {', '.join(GPU_MEMORY)}"
+    return f"{memory} on the fullest rank, computed; {where}"
+
+
 def _warm_start(config: Config) -> str:
     warm_start = config.warm_start
     if warm_start.load is not None:
@@ -57,23 +71,3 @@ def _warm_start(config: Config) -> str:
     if warm_start.steps == 0:
         return "none"
     return f"{warm_start.steps} supervised steps of {warm_start.batch_size} demonstrations"
-
-
-def parameter_count(config: Config) -> int:
-    """Parameters of the whole model, padded vocabulary included."""
-    model = config.model
-    vocab_size = padded_vocab_size(config.task.vocab_size, model)
-    matrices = 1 if model.tied_embeddings else 2
-    outside = matrices * vocab_size * model.hidden_size + model.hidden_size
-    return outside + model.num_layers * _layer_parameters(model)
-
-
-def _layer_parameters(model: ModelConfig) -> int:
-    hidden, head = model.hidden_size, model.kv_channels
-    queries = model.num_attention_heads * head
-    keys_and_values = 2 * model.num_query_groups * head
-    attention = hidden * (queries + keys_and_values) + queries * hidden
-    # SwiGLU: gate and up projections, then down.
-    feed_forward = 3 * hidden * model.ffn_hidden_size
-    norms = 2 * hidden + (2 * head if model.qk_layernorm else 0)
-    return attention + feed_forward + norms

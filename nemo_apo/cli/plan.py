@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 from nemo_apo.config import ConfigError
-from nemo_apo.planning.memory import GIGABYTE
+from nemo_apo.planning.memory import GIGABYTE, gigabytes
 from nemo_apo.planning.plan import Plan, make_plan
 from nemo_apo.planning.settings import read_question
 from nemo_apo.planning.tables import TABLES
@@ -82,7 +82,7 @@ def _heading(plan: Plan) -> str:
         "model": f"{plan.shapes.name}, {plan.shapes.parameters:,} parameters, "
         f"{question.model.params_dtype}",
         "cluster": f"{cluster.nodes} x {cluster.gpus_per_node} {cluster.gpu}, "
-        f"{_gb(cluster.usable)} usable of {_gb(cluster.memory)} each",
+        f"{gigabytes(cluster.usable)} usable of {gigabytes(cluster.memory)} each",
         "layout": f"{layout}{split}{chunks}, {optimizer} optimizer, recompute {parallel.recompute}",
         "step": f"{workload.sequences} sequences of {workload.sequence_length} tokens, "
         f"{layout.micro_batches} micro-batches of {workload.micro_batch_size} per GPU",
@@ -96,14 +96,16 @@ def _memory(plan: Plan) -> str:
     lines = [f"memory of a GPU of stage {plan.stage}, the fullest (computed, not measured)"]
     for part, count in vars(plan.memory).items():
         if count:
-            lines.append(f"  {part.replace('_', '-').ljust(12)}{_gb(count):>12}")
-    lines.append(f"  {'total'.ljust(12)}{_gb(plan.memory.total):>12}")
-    lines.append(f"  {'free'.ljust(12)}{_gb(plan.question.cluster.usable - plan.memory.total):>12}")
+            lines.append(f"  {part.replace('_', '-').ljust(12)}{gigabytes(count):>12}")
+    lines.append(f"  {'total'.ljust(12)}{gigabytes(plan.memory.total):>12}")
+    lines.append(
+        f"  {'free'.ljust(12)}{gigabytes(plan.question.cluster.usable - plan.memory.total):>12}"
+    )
     room = plan.sampler
     if room is not None:
         lines.append(
-            f"  the sampler's share: weights {_gb(room.weights)} (over {room.tensor} GPUs), "
-            f"keys and values {_gb(room.cache)}, {room.cached_tokens:,} tokens"
+            f"  the sampler's share: weights {gigabytes(room.weights)} (over {room.tensor} GPUs), "
+            f"keys and values {gigabytes(room.cache)}, {room.cached_tokens:,} tokens"
         )
     return "\n".join(lines)
 
@@ -122,21 +124,17 @@ def _traffic(plan: Plan) -> str:
 def _smaller(plan: Plan) -> str:
     if not plan.rejected:
         return ""
-    lines = [f"smaller layouts, for {_gb(plan.question.cluster.usable)} usable"]
+    lines = [f"smaller layouts, for {gigabytes(plan.question.cluster.usable)} usable"]
     for one in plan.rejected:
         others = f" (least of {one.considered} with this product)" if one.considered > 1 else ""
         lines.append(f"  TP x PP x CP = {one.gpus}: {one.reason}{others}")
     return "\n".join(lines)
 
 
-def _gb(count: int) -> str:
-    return f"{count / GIGABYTE:.1f} GB"
-
-
 def _sent(count: int) -> str:
     if count < 1e6:
         return f"{count / 1e3:.1f} kB"
-    return f"{count / 1e6:.1f} MB" if count < GIGABYTE else _gb(count)
+    return f"{count / 1e6:.1f} MB" if count < GIGABYTE else gigabytes(count)
 
 
 def _read(path: Path) -> str:

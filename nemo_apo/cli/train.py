@@ -8,9 +8,11 @@ import warnings
 
 from nemo_apo.cli.dry_run import plan
 from nemo_apo.cli.overrides import add_config_arguments, composed
-from nemo_apo.config import Config, ConfigError, RunConfig, check_task_data, validate
+from nemo_apo.config import Config, ConfigError, RunConfig, check_task_data, require, validate
 from nemo_apo.grading import GradingBroken
 from nemo_apo.grading.service import check_grader
+from nemo_apo.planning.memory import gigabytes
+from nemo_apo.planning.run_memory import run_memory
 
 # How the warnings start that are about what this trainer chose on purpose.
 _FALLBACKS = (
@@ -37,6 +39,8 @@ def main(arguments: argparse.Namespace) -> None:
     ranks = world_size()
     validate(config, ranks)
     _check_grader(config)
+    if config.run.check_memory:
+        _check_memory(config, ranks, gpu_memory(config.parallel.backend))
     first = os.environ.get("RANK", "0") == "0"
     if config.run.dry_run:
         if first:
@@ -65,6 +69,31 @@ def main(arguments: argparse.Namespace) -> None:
         os._exit(1)
     except (TrainingStopped, GradingBroken) as stopped:
         raise SystemExit(f"nemo-apo: {stopped}" if first else 1) from None
+
+
+def gpu_memory(backend: str) -> int | None:
+    """Bytes of the first GPU; None where the run is not on GPUs."""
+    import torch
+
+    if backend == "gloo" or not torch.cuda.is_available():
+        return None
+    return torch.cuda.get_device_properties(0).total_memory
+
+
+def _check_memory(config: Config, ranks: int, available: int | None) -> None:
+    """Raise ``ConfigError`` if a rank needs more memory than its GPU has in all."""
+    if available is None:
+        return
+    memory, parallel = run_memory(config, ranks), config.parallel
+    require(
+        memory.total <= available,
+        "parallel (TP x PP x CP)",
+        f"{parallel.tensor_model_parallel_size}x{parallel.pipeline_model_parallel_size}"
+        f"x{parallel.context_parallel_size}",
+        f"a rank needs {memory} and its GPU has {gigabytes(available)}; more ranks per copy of the "
+        "model, smaller micro-batches or parallel.recompute need less (nemo-apo plan), and "
+        "run.check_memory=false tries it all the same",
+    )
 
 
 def _check_grader(config: Config) -> None:

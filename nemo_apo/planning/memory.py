@@ -32,6 +32,11 @@ GIGABYTE = 1e9
 LOG_PROB_CHUNK = 8192
 
 
+def gigabytes(count: int) -> str:
+    """Bytes for a person to read."""
+    return f"{count / GIGABYTE:.1f} GB" if count >= GIGABYTE // 10 else f"{count / 1e6:.1f} MB"
+
+
 @dataclass(frozen=True)
 class Memory:
     """Bytes of one GPU of a pipeline stage, part by part.
@@ -174,8 +179,9 @@ def sampler_room(question: Question, shapes: Shapes, layout: Layout) -> SamplerR
     if cache < per_token * question.workload.sequence_length:
         raise Refused(
             f"sampler.share={question.sampler.share}: must hold the sampler's weights and one "
-            f"sequence, {_gb(weights)} and {_gb(per_token * question.workload.sequence_length)} on "
-            f"each of its {tensor} GPUs, and is {_gb(share)}"
+            f"sequence, {gigabytes(weights)} and "
+            f"{gigabytes(per_token * question.workload.sequence_length)} on "
+            f"each of its {tensor} GPUs, and is {gigabytes(share)}"
         )
     return SamplerRoom(tensor, weights, cache, cache // per_token)
 
@@ -187,7 +193,3 @@ def _check_sampler_size(question: Question, shapes: Shapes, tensor: int) -> None
     ):
         if value % tensor:
             raise Refused(f"sampler.tensor_model_parallel_size={tensor}: must divide {key}={value}")
-
-
-def _gb(count: int) -> str:
-    return f"{count / GIGABYTE:.1f} GB"

@@ -9,7 +9,7 @@ from typing import Any
 
 from nemo_apo.planning.communication import Traffic, communication
 from nemo_apo.planning.layout import CONTEXT, PIPELINE, TENSOR, Layout, Refused, checked_layout
-from nemo_apo.planning.memory import GIGABYTE, Memory, SamplerRoom, fullest_stage, sampler_room
+from nemo_apo.planning.memory import Memory, SamplerRoom, fullest_stage, gigabytes, sampler_room
 from nemo_apo.planning.settings import Question
 from nemo_apo.planning.shapes import Shapes
 
@@ -163,7 +163,7 @@ def _rejected(
     needs = [fullest_stage(question, shapes, layout)[1].total for layout in layouts]
     needed = min(needs)
     layout = layouts[needs.index(needed)]
-    reason = f"{layout} needs {_gb(needed)}"
+    reason = f"{layout} needs {gigabytes(needed)}"
     return Rejected(gpus, reason, layout, needed, len(layouts))
 
 
@@ -182,12 +182,13 @@ def _nothing_fits(question: Question, shapes: Shapes, closest: Rejected, conside
     assert layout is not None
     stage, memory = fullest_stage(question, shapes, layout)
     parts = sorted(vars(memory).items(), key=lambda part: -part[1])
-    largest = ", ".join(f"{name.replace('_', '-')} {_gb(count)}" for name, count in parts[:3])
+    largest = ", ".join(f"{name.replace('_', '-')} {gigabytes(count)}" for name, count in parts[:3])
     least = f", the least demanding of {considered} layouts," if considered > 1 else ""
     return (
-        f"{_given(question)}: {shapes.name} must fit in the {_gb(cluster.usable)} usable on a GPU "
-        f"({cluster.gpu}, {_gb(cluster.memory)}, less cluster.reserve={cluster.reserve:g}); "
-        f"{layout}{least} needs {_gb(memory.total)} on stage {stage} ({largest})"
+        f"{_given(question)}: {shapes.name} must fit in the {gigabytes(cluster.usable)} usable on "
+        f"a GPU ({cluster.gpu}, {gigabytes(cluster.memory)}, less "
+        f"cluster.reserve={cluster.reserve:g}); {layout}{least} needs "
+        f"{gigabytes(memory.total)} on stage {stage} ({largest})"
         f"{_with_recompute(question)}"
     )
 
@@ -208,9 +209,5 @@ def _with_recompute(question: Question) -> str:
         plan = make_plan(dataclasses.replace(question, parallel=parallel))
     except Refused:
         return "; parallel.recompute=full does not help"
-    fits = f"{plan.layout} needs {_gb(plan.memory.total)}"
+    fits = f"{plan.layout} needs {gigabytes(plan.memory.total)}"
     return f"; with parallel.recompute=full {fits}"
-
-
-def _gb(count: int) -> str:
-    return f"{count / GIGABYTE:.1f} GB"

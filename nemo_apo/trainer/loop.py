@@ -29,7 +29,8 @@ from nemo_apo.trainer.checkpoint import TrainerState
 from nemo_apo.trainer.checkpoint_search import newest_verified, set_aside
 from nemo_apo.trainer.checkpoint_write import SaveFailed
 from nemo_apo.trainer.durable_files import replace_text
-from nemo_apo.trainer.evaluation import Evaluation, evaluate
+from nemo_apo.trainer.engines.by_name import ENGINES
+from nemo_apo.trainer.evaluation import evaluate
 from nemo_apo.trainer.interruption import StopCheck, StoppedEarly, check_stop
 from nemo_apo.trainer.metrics import MetricsLog
 from nemo_apo.trainer.pending import StoredRollout
@@ -104,7 +105,7 @@ def run(config: Config) -> None:
 def build_policy(config: Config, layout: Layout) -> Policy:
     """The policy of a configuration, with initial weights from the run's seed."""
     task = config.task
-    return Policy(
+    policy = Policy(
         config.model,
         config.optimizer,
         layout,
@@ -114,6 +115,8 @@ def build_policy(config: Config, layout: Layout) -> Policy:
         config.run.seed,
         config.parallel,
     )
+    policy.engine = ENGINES[config.rollout.engine](policy, config)
+    return policy
 
 
 class _Run:
@@ -203,9 +206,13 @@ class _Run:
         return time.perf_counter() - start
 
     def _evaluated_at_start(self, state: TrainerState, log: MetricsLog | None) -> TrainerState:
-        evaluation = evaluate(self.policy, self.config, self.task)
-        self._publish(log, 0, _evaluation_metrics(evaluation), [])
-        return replace(state, accuracy_start=evaluation.accuracy, reward_start=evaluation.reward)
+        metrics = evaluate(self.policy, self.config, self.task).metrics()
+        self._publish(log, 0, metrics, [])
+        return replace(
+            state,
+            accuracy_start=metrics[record.EVAL_ACCURACY],
+            reward_start=metrics[record.EVAL_REWARD],
+        )
 
     def _steps(
         self,
@@ -225,7 +232,7 @@ class _Run:
             remembered.advance(self.policy, config.anchor, state.step)
             metrics = {**outcome.metrics, record.SAMPLES: float(state.samples)}
             if state.step % config.evaluation.every == 0 or state.step == config.run.steps:
-                metrics |= _evaluation_metrics(evaluate(self.policy, config, self.task))
+                metrics |= evaluate(self.policy, config, self.task).metrics()
             self._publish(log, state.step, metrics, findings)
             self._stop_if_useless(state, outcome)
             if self._saves_at(state.step):
@@ -342,14 +349,6 @@ class _Run:
             )
 
         on_first_or_stop(write)
-
-
-def _evaluation_metrics(evaluation: Evaluation) -> dict[str, float]:
-    return {
-        record.EVAL_ACCURACY: evaluation.accuracy,
-        record.EVAL_REWARD: evaluation.reward,
-        record.EVAL_PASS_AT_K: evaluation.pass_at_k,
-    }
 
 
 @contextlib.contextmanager

@@ -29,6 +29,7 @@ from nemo_apo.parallel.step import (
     read_micro_batches,
     run_micro_batches,
 )
+from nemo_apo.trainer.engines.interface import RolloutEngine
 from nemo_apo.trainer.micro_batch import MicroBatch
 from nemo_apo.trainer.model import (
     Stage,
@@ -62,7 +63,10 @@ class Policy:
         optimizer: megatron's optimizer of the current phase.
         vocab_size: the unpadded vocabulary.
         temperature: sampling temperature; log-probs are those of the tempered policy.
+        engine: completes prompts with its weights; set by whoever builds the policy.
     """
+
+    engine: RolloutEngine
 
     def __init__(
         self,

@@ -49,6 +49,7 @@ class RolloutSource:
         self.task = task
         self.grading = Grading(config.grading, task)
         self._failures: Counter[str] = Counter()
+        self._grade_means: dict[str, float] = {}
 
     def draw(self, step: int) -> Drawn:
         """The rollout of RL step ``step``; with ``rollout.resample``, groups without signal are
@@ -83,6 +84,7 @@ class RolloutSource:
             record.RESAMPLED_GROUPS: (samples - first.count) // self.config.rollout.group_size,
             record.ROLLOUT_SECONDS: seconds,
         }
+        metrics |= self._grade_means
         for reason, count in self._failures.items():
             metrics[record.FAILED_GRADES_BY_REASON[reason]] = count
         rollouts = replace(rollouts, rewards_N=settled.rewards_N)
@@ -99,8 +101,10 @@ class RolloutSource:
             check_tokens(torch.tensor(prompt.tokens), task.vocab_size)
         draws = uniforms(config.run.seed, stream, len(prompts), task.max_response_length)
         completions = complete(self.policy, task, config.rollout, prompts, draws, self.stop)
-        graded = grade(self.policy.layout, self.grading, task, prompts, completions)
+        graded = grade(self.policy.layout, self.grading, task, prompts, completions, config.shaping)
         self._failures.update(graded.failures)
+        if again == 0:
+            self._grade_means = graded.means()
         group_ids_N = torch.arange(count).repeat_interleave(size)
         rollouts = assemble(
             prompts,
@@ -109,6 +113,7 @@ class RolloutSource:
             graded.rewards_N,
             task.max_prompt_length + task.max_response_length,
             task.pad_id,
+            keeps_token_logprobs=config.rollout.importance_cap is not None,
         )
         check_tokens(rollouts.tokens_NT, task.vocab_size)
         return rollouts
