@@ -8,7 +8,7 @@ or file is made. Defaults stand here and, commented, in ``conf/``; a test holds 
 
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nemo_apo.core.alpha_schedule import SCHEDULES, GuardedSchedule, Schedule
@@ -20,6 +20,7 @@ from nemo_apo.core.temperature import TEMPERATURES, FixedTemperature, Temperatur
 from nemo_apo.grading.graders import GRADERS, NEEDS_WORKER
 from nemo_apo.grading.pool import longest_call_s
 from nemo_apo.grading.settings import TASK_GRADER, GradingSettings
+from nemo_apo.grading.shaping import Shaping
 from nemo_apo.tasks import TASKS, SortTask, Task
 
 
@@ -45,6 +46,7 @@ ALLOWED_CHANGES = (
     "regularizers",
     "rollout",
     "grading",
+    "shaping",
     "optimizer",
 )
 # Metrics of which more is better.
@@ -357,12 +359,19 @@ class Config:
     regularizers: Regularizers = field(default_factory=Regularizers)
     groups: GroupRules = field(default_factory=GroupRules)
     grading: GradingSettings = field(default_factory=GradingSettings)
+    shaping: Shaping = field(default_factory=Shaping)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     update: UpdateConfig = field(default_factory=UpdateConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     diagnostics: Thresholds = field(default_factory=Thresholds)
+
+    def __post_init__(self) -> None:
+        # "task" stands for the task's own grader; for a task of text, that is one by name.
+        named = self.task.text_grader
+        if self.grading.grader == TASK_GRADER and named is not None:
+            object.__setattr__(self, "grading", replace(self.grading, grader=named))
 
 
 # The default value of every section whose class depends on its ``name`` field.
@@ -407,18 +416,40 @@ def validate(config: Config, world_size: int) -> None:
         ConfigError: naming key, value and rule.
     """
     _check_run(config.run)
+    _check_task(config.task)
     _check_model(config.model)
     _check_vocabulary(config)
     _check_layout(config, world_size)
     _check_keeping(config)
     _check_anchor(config.anchor)
     _check_grading(config.grading, config.parallel)
+    _check_shaping(config.shaping, config.task)
     _check_rollout(config.rollout)
     _check_sampling_ranks(config, world_size)
     _check_update(config.update, config.rollout)
     _check_optimizer(config.optimizer)
     _check_warm_start(config.warm_start, config.task)
     _check_evaluation(config.evaluation)
+
+
+def check_task_data(config: Config) -> list[str]:
+    """Load the task's data and check it against the configuration.
+
+    Returns:
+        What was kept and dropped, in lines.
+
+    Raises:
+        ConfigError: if data is missing, cannot be read or is too little.
+    """
+    try:
+        report, held_out = config.task.data_report(), config.task.test_size
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    if held_out is not None:
+        prompts = config.evaluation.prompts
+        rule = f"must not exceed the {held_out} held-out prompts"
+        require(prompts <= held_out, "evaluation.prompts", prompts, rule)
+    return report
 
 
 def _at_least(section: str, values: object, minimum: int, *keys: str) -> None:
@@ -460,6 +491,14 @@ def _check_run(run: RunConfig) -> None:
             seconds_of_time(run.max_time)
         except ValueError as error:
             raise ConfigError(f"run.max_time={run.max_time}: {error}") from None
+
+
+def _check_task(task: Task) -> None:
+    """Read what needs no data set: a tokenizer, where there is one."""
+    try:
+        task.vocab_size  # noqa: B018
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def _check_model(model: ModelConfig) -> None:
@@ -609,6 +648,13 @@ def _refuse_unread_grading(grading: GradingSettings) -> None:
     read = grading.grader == "numeric" or grading.tolerance == GradingSettings.tolerance
     rule = f"is of the numeric grader alone (grading.grader={grading.grader})"
     require(read, "grading.tolerance", grading.tolerance, rule)
+
+
+def _check_shaping(shaping: Shaping, task: Task) -> None:
+    limit = task.max_response_length
+    fits = shaping.overlong == 0.0 or shaping.overlong_cache <= limit
+    rule = f"must not exceed the length limit of {limit} tokens"
+    require(fits, "shaping.overlong_cache", shaping.overlong_cache, rule)
 
 
 def _check_rollout(rollout: RolloutConfig) -> None:

@@ -58,7 +58,8 @@ def test_with_as_many_samples_as_k_the_figures_are_shares_of_the_same_samples() 
         prompts = task.test_prompts(12)
         samples = [prompt for prompt in prompts[:7] for _ in range(3)]
         draws = uniforms(config.run.seed, "pass@k", 21, task.max_response_length)
-        sampling = Sampling.of(task, task.vocab_size, config.rollout.temperature, micro_batch_size=16)
+        temperature = config.rollout.temperature
+        sampling = Sampling.of(task, task.vocab_size, temperature, micro_batch_size=16)
         greedy = generate(model, prompts, None, sampling)
         sampled = generate(model, samples, draws, sampling)
         solved = [task.solved(prompt, greedy.row(row)) for row, prompt in enumerate(prompts)]
