@@ -390,9 +390,20 @@ def padded_vocab_size(vocab_size: int, model: ModelConfig) -> int:
 
 
 def vocab_size(config: Config) -> int:
-    """Tokens that the model knows, without padding: its own vocabulary, else the task's."""
+    """Tokens that the model knows, without padding: its own vocabulary, else the task's.
+
+    Raises:
+        ConfigError: if the task's tokenizer cannot be read.
+    """
     own = config.model.vocab_size
-    return config.task.vocab_size if own is None else own
+    return _task_vocabulary(config.task) if own is None else own
+
+
+def _task_vocabulary(task: Task) -> int:
+    try:
+        return task.vocab_size
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def unread_sections(objective: Objective) -> set[str]:
@@ -405,20 +416,21 @@ def unread_sections(objective: Objective) -> set[str]:
     return unread
 
 
-def validate(config: Config, world_size: int) -> None:
+def validate(config: Config, world_size: int, reads_files: bool = True) -> None:
     """Check every rule that the sections do not check themselves.
 
     Args:
         config: the typed configuration.
         world_size: number of ranks that will run it.
+        reads_files: whether what a tokenizer says is checked, too.
 
     Raises:
         ConfigError: naming key, value and rule.
     """
     _check_run(config.run)
-    _check_task(config.task)
     _check_model(config.model)
-    _check_vocabulary(config)
+    if reads_files:
+        _check_vocabulary(config)
     _check_layout(config, world_size)
     _check_keeping(config)
     _check_anchor(config.anchor)
@@ -493,14 +505,6 @@ def _check_run(run: RunConfig) -> None:
             raise ConfigError(f"run.max_time={run.max_time}: {error}") from None
 
 
-def _check_task(task: Task) -> None:
-    """Read what needs no data set: a tokenizer, where there is one."""
-    try:
-        task.vocab_size  # noqa: B018
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-
-
 def _check_model(model: ModelConfig) -> None:
     _at_least(
         "model",
@@ -528,7 +532,7 @@ def _check_model(model: ModelConfig) -> None:
 
 def _check_vocabulary(config: Config) -> None:
     model, task = config.model, config.task
-    own, needed = model.vocab_size, task.vocab_size
+    own, needed = model.vocab_size, _task_vocabulary(task)
     rule = f"must be at least the {needed} tokens of task={task.name}"
     require(own is None or own >= needed, "model.vocab_size", own, rule)
 
