@@ -27,7 +27,7 @@ from nemo_apo.hf_checkpoint.export import (
     write_weights,
 )
 from nemo_apo.parallel import layout as parallel_layout
-from nemo_apo.parallel.layout import Layout, single_rank_groups
+from nemo_apo.parallel.layout import Layout
 from nemo_apo.parallel.together import RankError
 from nemo_apo.trainer.checkpoint import ORIGIN, STATE_FILE
 from nemo_apo.trainer.checkpoint_search import newest_verified, verify
@@ -170,7 +170,7 @@ def _whole_model(found: _Source, layout: Layout) -> GPTModel:
     """The model on this process with the checkpoint's weights."""
     padded = padded_vocab_size(found.vocabulary, found.model)
     # Rotary positions need no longest sequence.
-    module = build_replica(found.model, layout, padded, 1, single_rank_groups(), initialize=False)
+    module = build_replica(found.model, layout, padded, 1, 1, initialize=False)
     entries = {"model": module.sharded_state_dict()}
     try:
         loaded = read_shards(found.folder, entries)["model"]

@@ -17,6 +17,7 @@ from nemo_apo.parallel import layout as parallel_layout
 from nemo_apo.tasks import Prompt
 from nemo_apo.trainer import checkpoint
 from nemo_apo.trainer.checkpoint_search import newest_verified
+from nemo_apo.trainer.engines.interface import Sampling
 from nemo_apo.trainer.hf_export import export
 from nemo_apo.trainer.loop import build_policy, run
 from nemo_apo.trainer.sampler import generate
@@ -31,6 +32,8 @@ from tests.hf_checkpoint.tiny_checkpoints import (
 from tests.parallel.ranks import run_ranks
 
 from .tiny_runs import tiny_config
+
+pytestmark = pytest.mark.slow(reason="trains runs on up to four ranks and exports them")
 
 # Kind of checkpoint, tensor- and pipeline-parallel size.
 CASES = [("qwen3", 1, 1), ("qwen2", 2, 1), ("qwen3_tied", 2, 2)]
@@ -147,10 +150,12 @@ def test_greedy_answers_are_those_of_the_exported_model(
         found = newest_verified(folder_of(config) / record.CHECKPOINT_DIR)
         assert found is not None
         checkpoint.load_weights(found.newest.folder, policy)
-        done = generate(
-            policy.refit_sampler(), prompts, None, vocab_size=VOCABULARY, end_id=-1, pad_id=0,
-            max_response_length=12, temperature=1.0, micro_batch_size=2,
-        )  # fmt: skip
+        sampling = replace(
+            Sampling.of(config.task, VOCABULARY, temperature=1.0, micro_batch_size=2),
+            end_id=-1,
+            max_response_length=12,
+        )
+        done = generate(policy.refit_sampler(), prompts, None, sampling)
         return done.tokens_NR, done.logprob_sums_N
 
     tokens_NR, sums_N = run_ranks(ranks_of(config), answers)[0]
