@@ -48,6 +48,8 @@ from nemo_apo.trainer.shard_files import read_shards
 STATE_FILE = "trainer_state.json"
 ROLLOUT_FILE = "rollout.safetensors"
 _FORMAT = 5
+# A key of the state file: the checkpoint that the first weights came from, for its tokenizer.
+ORIGIN = "model_path"
 # Keys of the state file where there is a rollout.
 _ROLLOUT, _UPDATE = "rollout", "update"
 
@@ -123,6 +125,7 @@ def save(
             "format": _FORMAT,
             "state": state.state_dict(),
             "config": fixed,
+            ORIGIN: config.model.path,
             "remembered": _roles(remembered),
         }
         if rollout is not None:
