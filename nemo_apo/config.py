@@ -110,6 +110,9 @@ class RunConfig:
         tensorboard: write TensorBoard event files.
         wandb: also log to Weights & Biases (the ``wandb`` extra).
         wandb_project: its project.
+        samples_every: RL steps between those of which completions are kept in ``samples.jsonl``
+            (the first and the last are always among them); 0 keeps none.
+        samples_groups: how many groups of such a step are kept.
         report: write report.html and report.png at the end.
     """
 
@@ -132,6 +135,8 @@ class RunConfig:
     tensorboard: bool = True
     wandb: bool = False
     wandb_project: str = "nemo_apo"
+    samples_every: int = 10
+    samples_groups: int = 2
     report: bool = True
 
     def __post_init__(self) -> None:
@@ -141,13 +146,17 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A Qwen3-shaped dense decoder: RMSNorm, SwiGLU, RoPE, grouped-query attention, no bias.
+    """A dense decoder as Qwen3 and Qwen2.5: RMSNorm, SwiGLU, RoPE, grouped-query attention.
 
     Attributes:
+        path: folder of a checkpoint in Hugging Face's format whose weights training starts from,
+            and whose ``config.json`` the shapes must agree with; null starts from random weights.
+        vocab_size: tokens of the vocabulary, without padding; null is the task's.
         num_layers, hidden_size, ffn_hidden_size: sizes.
         num_attention_heads, num_query_groups: query heads and key/value heads.
         kv_channels: size of one head.
         qk_layernorm: RMSNorm on queries and keys (Qwen3).
+        add_qkv_bias: queries, keys and values have a bias (Qwen2.5).
         rotary_base: RoPE base.
         layernorm_epsilon: RMSNorm epsilon.
         tied_embeddings: one matrix for input embedding and output projection.
@@ -158,6 +167,8 @@ class ModelConfig:
     """
 
     name: str = "tiny_qwen3"
+    path: str | None = None
+    vocab_size: int | None = None
     num_layers: int = 2
     hidden_size: int = 64
     ffn_hidden_size: int = 168
@@ -165,6 +176,7 @@ class ModelConfig:
     num_query_groups: int = 2
     kv_channels: int = 16
     qk_layernorm: bool = True
+    add_qkv_bias: bool = False
     rotary_base: int = 10000
     layernorm_epsilon: float = 1e-6
     tied_embeddings: bool = False
@@ -228,6 +240,10 @@ class RolloutConfig:
         top_k, top_p: not supported (they cut the policy's support); 0 and 1 mean off.
         resample: extra rounds of prompts drawn to replace groups without signal; 0 is off.
         micro_batch_size: sequences generated at once on a rank.
+        tensor_model_parallel_size: ranks that share the model that samples ("static"); it is the
+            trained one itself where that is laid out so, else a copy that is refitted.
+        offload: keep gradients, moments and main weights out of the GPU's memory while completions
+            are generated; on GPUs only.
         importance_cap: bound on the weight min(exp(old - sampler), cap) of each token's gradient,
             which corrects for a sampler whose log-probs are not quite the trainer's; None weighs
             nothing (``nemo_apo.core.importance``).
@@ -241,6 +257,8 @@ class RolloutConfig:
     top_p: float = 1.0
     resample: int = 0
     micro_batch_size: int = 512
+    tensor_model_parallel_size: int = 1
+    offload: bool = False
     importance_cap: float | None = None
 
 
@@ -371,6 +389,12 @@ def padded_vocab_size(vocab_size: int, model: ModelConfig) -> int:
     return (vocab_size + step - 1) // step * step
 
 
+def vocab_size(config: Config) -> int:
+    """Tokens that the model knows, without padding: its own vocabulary, else the task's."""
+    own = config.model.vocab_size
+    return config.task.vocab_size if own is None else own
+
+
 def unread_sections(objective: Objective) -> set[str]:
     """Sections that an objective never reads; setting one beside it is refused, not ignored."""
     unread: set[str] = set()
@@ -394,12 +418,14 @@ def validate(config: Config, world_size: int) -> None:
     _check_run(config.run)
     _check_task(config.task)
     _check_model(config.model)
+    _check_vocabulary(config)
     _check_layout(config, world_size)
     _check_keeping(config)
     _check_anchor(config.anchor)
     _check_grading(config.grading, config.parallel)
     _check_shaping(config.shaping, config.task)
     _check_rollout(config.rollout)
+    _check_sampling_ranks(config, world_size)
     _check_update(config.update, config.rollout)
     _check_optimizer(config.optimizer)
     _check_warm_start(config.warm_start, config.task)
@@ -451,8 +477,8 @@ def _one_of(key: str, value: str, choices: tuple[str, ...]) -> None:
 def _check_run(run: RunConfig) -> None:
     allowed = run.name not in ("", ".", "..") and not set(run.name) & set("/\\\0")
     require(allowed, "run.name", run.name, "must be the name of one folder")
-    _at_least("run", run, 0, "seed", "save_every")
-    _at_least("run", run, 1, "steps")
+    _at_least("run", run, 0, "seed", "save_every", "samples_every")
+    _at_least("run", run, 1, "steps", "samples_groups")
     _one_of("run.if_exists", run.if_exists, IF_EXISTS_RULES)
     _one_of("run.console", run.console, CONSOLES)
     if run.threads is not None:
@@ -500,6 +526,13 @@ def _check_model(model: ModelConfig) -> None:
     _one_of("model.params_dtype", model.params_dtype, PARAMS_DTYPES)
 
 
+def _check_vocabulary(config: Config) -> None:
+    model, task = config.model, config.task
+    own, needed = model.vocab_size, task.vocab_size
+    rule = f"must be at least the {needed} tokens of task={task.name}"
+    require(own is None or own >= needed, "model.vocab_size", own, rule)
+
+
 def _check_layout(config: Config, world_size: int) -> None:
     parallel, model = config.parallel, config.model
     sizes = (
@@ -512,22 +545,7 @@ def _check_layout(config: Config, world_size: int) -> None:
     _one_of("parallel.recompute", parallel.recompute, RECOMPUTE)
     _positive("parallel", parallel, "timeout_minutes")
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    for key in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
-        value = getattr(model, key)
-        require(
-            value % tp == 0,
-            "parallel.tensor_model_parallel_size",
-            tp,
-            f"must divide model.{key}={value}",
-        )
-    padded = padded_vocab_size(config.task.vocab_size, model)
-    require(
-        padded % tp == 0,
-        "parallel.tensor_model_parallel_size",
-        tp,
-        f"must divide the padded vocabulary of {padded} tokens "
-        f"(model.make_vocab_size_divisible_by={model.make_vocab_size_divisible_by})",
-    )
+    _check_tensor_size(config, "parallel.tensor_model_parallel_size", tp)
     require(
         model.num_layers % pp == 0,
         "parallel.pipeline_model_parallel_size",
@@ -546,6 +564,18 @@ def _check_layout(config: Config, world_size: int) -> None:
         f"must divide the number of ranks, which is {world_size} "
         "(NPROC=n scripts/quickstart.sh starts n ranks)",
     )
+
+
+def _check_tensor_size(config: Config, key: str, size: int) -> None:
+    """Whether the model can be split over so many tensor-parallel ranks."""
+    model = config.model
+    for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
+        value = getattr(model, name)
+        require(value % size == 0, key, size, f"must divide model.{name}={value}")
+    padded = padded_vocab_size(vocab_size(config), model)
+    rule = f"must divide the padded vocabulary of {padded} tokens "
+    rule += f"(model.make_vocab_size_divisible_by={model.make_vocab_size_divisible_by})"
+    require(padded % size == 0, key, size, rule)
 
 
 def _check_virtual(parallel: ParallelConfig, model: ModelConfig) -> None:
@@ -638,6 +668,14 @@ def _check_rollout(rollout: RolloutConfig) -> None:
     require(rollout.top_p == 1.0, "rollout.top_p", rollout.top_p, cut + "must be 1")
     cap, rule = rollout.importance_cap, "must be at least 1 and finite, or null for no correction"
     require(cap is None or 1.0 <= cap < math.inf, "rollout.importance_cap", cap, rule)
+
+
+def _check_sampling_ranks(config: Config, world_size: int) -> None:
+    key = "rollout.tensor_model_parallel_size"
+    ranks = config.rollout.tensor_model_parallel_size
+    _at_least("rollout", config.rollout, 1, "tensor_model_parallel_size")
+    require(world_size % ranks == 0, key, ranks, f"must divide the number of ranks, {world_size}")
+    _check_tensor_size(config, key, ranks)
 
 
 def _check_update(update: UpdateConfig, rollout: RolloutConfig) -> None:

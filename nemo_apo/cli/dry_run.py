@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from nemo_apo.config import Config
+from nemo_apo.config import Config, vocab_size
 from nemo_apo.planning.run_memory import RunMemory, run_memory
 from nemo_apo.planning.settings import GPU_MEMORY
 from nemo_apo.planning.shapes import Shapes
@@ -55,7 +55,7 @@ def _layout(config: Config, world_size: int) -> str:
 
 
 def _shapes(config: Config) -> Shapes:
-    return Shapes.of(config.model, config.task.vocab_size)
+    return Shapes.of(config.model, vocab_size(config))
 
 
 def _memory(memory: RunMemory) -> str:

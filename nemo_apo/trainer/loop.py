@@ -17,11 +17,12 @@ import torch.distributed as dist
 
 from nemo_apo import record
 from nemo_apo.compose import to_yaml
-from nemo_apo.config import Config, RunConfig
+from nemo_apo.config import Config, RunConfig, vocab_size
 from nemo_apo.core.alpha_schedule import ScheduleState
 from nemo_apo.core.diagnostics import DiagnosticsState, Finding, observe
 from nemo_apo.parallel.gather import all_gather_objects
 from nemo_apo.parallel.layout import Layout
+from nemo_apo.record import KeptGroup
 from nemo_apo.step_metrics import step_figures
 from nemo_apo.trainer import checkpoint
 from nemo_apo.trainer.anchors import RememberedWeights
@@ -105,18 +106,20 @@ def run(config: Config) -> None:
             write_report([folder], folder)
 
 
-def build_policy(config: Config, layout: Layout) -> Policy:
-    """The policy of a configuration, with initial weights from the run's seed."""
+def build_policy(config: Config, layout: Layout, weights_follow: bool = False) -> Policy:
+    """A configuration's policy with its initial weights; ``weights_follow`` as in ``Policy``."""
     task = config.task
     policy = Policy(
         config.model,
         config.optimizer,
         layout,
-        task.vocab_size,
+        vocab_size(config),
         task.max_prompt_length + task.max_response_length,
         config.rollout.temperature,
         config.run.seed,
         config.parallel,
+        sampling_ranks=config.rollout.tensor_model_parallel_size,
+        weights_follow=weights_follow,
     )
     policy.engine = ENGINES[config.rollout.engine](policy, config)
     return policy
@@ -132,7 +135,10 @@ class _Run:
         self.folder = folder
         self.view = view
         self.task = config.task
-        self.policy = build_policy(config, layout)
+        resuming = config.run.if_exists == "resume"
+        self.found = newest_verified(folder / record.CHECKPOINT_DIR) if resuming else None
+        follow = self.found is not None or config.warm_start.load is not None
+        self.policy = build_policy(config, layout, weights_follow=follow)
         self._started = time.perf_counter()
         self._spent_before = 0.0
         # The RL step that the newest checkpoint is of.
@@ -147,8 +153,7 @@ class _Run:
 
     def train(self) -> None:
         """Warm start or resume, then RL to the end."""
-        resuming = self.config.run.if_exists == "resume"
-        found = newest_verified(self.folder / record.CHECKPOINT_DIR) if resuming else None
+        found = self.found
         if found is None:
             warm_start_s = self._warm_start()
         remembered = RememberedWeights.at_start(
@@ -236,7 +241,7 @@ class _Run:
             metrics = {**outcome.metrics, record.SAMPLES: float(state.samples)}
             if state.step % config.evaluation.every == 0 or state.step == config.run.steps:
                 metrics |= evaluate(self.policy, config, self.task).metrics()
-            self._publish(log, state.step, metrics, findings)
+            self._publish(log, state.step, metrics, findings, outcome.kept)
             self._stop_if_useless(state, outcome)
             if self._saves_at(state.step):
                 self._save(state, remembered, metrics)
@@ -289,10 +294,11 @@ class _Run:
         step: int,
         metrics: dict[str, float],
         findings: list[Finding],
+        kept: tuple[KeptGroup, ...] = (),
     ) -> None:
         def write() -> None:
             assert log is not None
-            log.write(step, metrics, findings)
+            log.write(step, metrics, findings, kept)
 
         on_first_or_stop(write)
         self._published = metrics

@@ -1,5 +1,6 @@
 """Sampling and grading over all ranks: every rank completes its share, all get everything."""
 
+import contextlib
 import logging
 import math
 from collections import Counter
@@ -71,17 +72,18 @@ def complete(
     """
     engine = policy.engine
     rows = _share(policy.layout, engine.ranks_per_copy, len(prompts))
-    engine.wake()
-    try:
-        engine.refit()
-        part = engine.generate(
-            [prompts[row] for row in rows],
-            None if uniforms_NR is None else uniforms_NR[rows],
-            Sampling.of(task, rollout.temperature, rollout.micro_batch_size),
-            between=lambda: check_stop(stop or NeverStop()),
-        )
-    finally:
-        engine.sleep()
+    with policy.offloaded() if rollout.offload else contextlib.nullcontext():
+        engine.wake()
+        try:
+            engine.refit()
+            part = engine.generate(
+                [prompts[row] for row in rows],
+                None if uniforms_NR is None else uniforms_NR[rows],
+                Sampling.of(task, policy.vocab_size, rollout.temperature, rollout.micro_batch_size),
+                between=lambda: check_stop(stop or NeverStop()),
+            )
+        finally:
+            engine.sleep()
 
     def gathered(values_n: Tensor) -> Tensor:
         values_N = of_first_ranks(all_gather_rows(values_n), len(rows), engine.ranks_per_copy)
