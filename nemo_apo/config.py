@@ -33,7 +33,7 @@ BACKENDS = ("auto", "gloo", "nccl")
 PARAMS_DTYPES = ("float32", "bfloat16")
 RECOMPUTE = ("none", "selective", "full")
 # The keys of ``nemo_apo.trainer.engines.ENGINES``.
-ROLLOUT_ENGINES = ("static",)
+ROLLOUT_ENGINES = ("static", "vllm")
 LR_DECAY_STYLES = ("constant", "linear", "cosine")
 # Sections that a checkpoint is tied to, unless run.allow_changed names them.
 ALLOWED_CHANGES = (
@@ -231,7 +231,9 @@ class RolloutConfig:
     """Sampling of one RL step.
 
     Attributes:
-        engine: what completes the prompts: "static" (the trainer's own model).
+        engine: what completes the prompts: "static" (the trainer's own model), or "vllm" (the
+            ``vllm`` extra, on GPUs only, of the checkpoint at ``model.path``).
+        gpu_memory_utilization: share of a GPU's memory that vLLM may take.
         prompts: prompts per rollout (groups).
         group_size: completions per prompt, P.
         temperature: of sampling; log-probs are those of the tempered policy throughout.
@@ -246,6 +248,7 @@ class RolloutConfig:
     """
 
     engine: str = "static"
+    gpu_memory_utilization: float = 0.5
     prompts: int = 32
     group_size: int = 8
     temperature: float = 1.0
@@ -411,6 +414,7 @@ def validate(config: Config, world_size: int) -> None:
     _check_anchor(config.anchor)
     _check_grading(config.grading, config.parallel)
     _check_rollout(config.rollout)
+    _check_engine(config)
     _check_update(config.update, config.rollout)
     _check_optimizer(config.optimizer)
     _check_warm_start(config.warm_start, config.task)
@@ -621,6 +625,22 @@ def _check_rollout(rollout: RolloutConfig) -> None:
     require(rollout.top_p == 1.0, "rollout.top_p", rollout.top_p, cut + "must be 1")
     cap, rule = rollout.importance_cap, "must be at least 1 and finite, or null for no correction"
     require(cap is None or 1.0 <= cap < math.inf, "rollout.importance_cap", cap, rule)
+
+
+def _check_engine(config: Config) -> None:
+    rollout, key = config.rollout, "rollout.gpu_memory_utilization"
+    share, unset = rollout.gpu_memory_utilization, RolloutConfig.gpu_memory_utilization
+    require(0.0 < share < 1.0, key, share, "must lie in (0, 1)")
+    if rollout.engine != "vllm":
+        rule = f"is of the vllm engine alone (rollout.engine={rollout.engine})"
+        require(share == unset, key, share, rule)
+        return
+    key, path = "rollout.engine", config.model.path
+    rule = "needs model.path: it builds its model by the checkpoint's config.json"
+    require(path is not None, key, rollout.engine, rule)
+    rule = "needs update.max_sampler_mismatch (such as 0.05): other code than the trainer's "
+    rule += "computes its log-probs, and a run must end where they are not the trainer's"
+    require(config.update.max_sampler_mismatch is not None, key, rollout.engine, rule)
 
 
 def _check_update(update: UpdateConfig, rollout: RolloutConfig) -> None:
