@@ -32,6 +32,10 @@ FINDINGS = "findings"
 REWARD_MEAN = "reward/mean"
 REWARD_STD = "reward/std"
 REWARD_FAILED = "reward/failed_grades"
+# Of the first round's completions: the grader's own value, where it did not fail, and the terms of
+# ``shaping`` before their weights; a term that is off is absent.
+REWARD_CORRECT = "reward/correct"
+SHAPING_TERMS = {name: f"reward/{name}" for name in ("format", "repetition", "overlong")}
 
 # Failed grades by reason (a key of ``nemo_apo.grading.REASONS``), those of resampled groups
 # included; a reason that did not occur is absent.
@@ -120,6 +124,10 @@ METRICS: dict[str, MetricInfo] = {
     REWARD_MEAN: MetricInfo("mean reward"),
     REWARD_STD: MetricInfo("reward standard deviation"),
     REWARD_FAILED: MetricInfo("failed grades", "samples"),
+    REWARD_CORRECT: MetricInfo("mean grade before shaping"),
+    SHAPING_TERMS["format"]: MetricInfo("share in the format"),
+    SHAPING_TERMS["repetition"]: MetricInfo("share of repeated n-grams"),
+    SHAPING_TERMS["overlong"]: MetricInfo("share of the overlong cache used"),
     **{
         name: MetricInfo(f"failed grades, {reason.replace('_', ' ')}", "samples")
         for reason, name in FAILED_GRADES_BY_REASON.items()

@@ -56,7 +56,7 @@ def compose(
     written = from_file(config_file, options) if config_file else Settings()
     # An option chosen on the command line replaces the file's section, values and all.
     for group, option in given.options.items():
-        if group in written.options and written.options[group] != option:
+        if written.options.get(group) != option:
             written = written.without(group)
     settings = written.overlaid(given)
     tree = _compose_files(settings.options, config_dir)

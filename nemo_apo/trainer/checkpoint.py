@@ -30,7 +30,13 @@ from nemo_apo.trainer.anchors import ROLES, RememberedWeights
 from nemo_apo.trainer.checkpoint_search import CheckpointError, Verified, free_name, verify
 from nemo_apo.trainer.checkpoint_write import SaveFailed, write_sealed
 from nemo_apo.trainer.durable_files import make_partial, remove_folder, remove_leftovers
-from nemo_apo.trainer.fixed_config import PROMPTS, changes, fingerprint, fixed_values
+from nemo_apo.trainer.fixed_config import (
+    PROMPTS,
+    changes,
+    fingerprint,
+    fixed_values,
+    model_changes,
+)
 from nemo_apo.trainer.optimizer_state import optimizer_entries, take_optimizer
 from nemo_apo.trainer.pending import StoredRollout
 from nemo_apo.trainer.policy import Policy
@@ -180,9 +186,7 @@ def load(
     folder = found.folder
     if STATE_FILE not in found.manifest.files:
         raise CheckpointError(f"cannot resume from {folder}: it holds weights alone")
-    content = json.loads((folder / STATE_FILE).read_text())
-    if content["format"] != _FORMAT:
-        raise CheckpointError(f"{folder} has format {content['format']}, expected {_FORMAT}")
+    content = _content(folder)
     # What is left of a rollout is trained as it began, so nothing may change.
     allowed = () if _ROLLOUT in content else config.run.allow_changed
     _check_config(folder, content["config"], config, allowed)
@@ -215,6 +219,14 @@ def load(
     return state, rollout
 
 
+def _content(folder: Path) -> dict[str, Any]:
+    """What the state file of a checkpoint holds."""
+    content = json.loads((folder / STATE_FILE).read_text())
+    if content["format"] != _FORMAT:
+        raise CheckpointError(f"{folder} has format {content['format']}, expected {_FORMAT}")
+    return content
+
+
 def _rollout(folder: Path, content: dict[str, Any], config: Config) -> StoredRollout | None:
     """The rollout that the run was stopped in."""
     if _ROLLOUT not in content:
@@ -241,11 +253,28 @@ def load_weights(folder: Path, policy: Policy) -> None:
         CheckpointError: if the folder is not a checkpoint, or a damaged one.
     """
     try:
-        verify(folder)
+        found = verify(folder)
     except DamagedFolder as fault:
         raise CheckpointError(
             f"warm_start.load={folder}: not a checkpoint folder, or a damaged one: {fault}"
         ) from None
+    _load_model(found.folder, policy)
+
+
+def load_for_evaluation(found: Verified, policy: Policy, config: Config) -> None:
+    """Take the weights of a checkpoint, whole or weights alone; collective.
+
+    Raises:
+        CheckpointError: if it is of another model or vocabulary; all else may differ.
+    """
+    if STATE_FILE in found.manifest.files:
+        changed = model_changes(_content(found.folder)["config"], config)
+        if changed:
+            raise CheckpointError(f"cannot evaluate {found.folder}: {'; '.join(changed)}")
+    _load_model(found.folder, policy)
+
+
+def _load_model(folder: Path, policy: Policy) -> None:
     _take(policy, _read(folder, {"model": _chunks(policy)})["model"])
     # Main weights of the optimizer, where it has some, would bring the old ones back.
     policy.optimizer.reload_model_params()

@@ -108,7 +108,7 @@ def _pass_at(seen: Examination, k: int) -> Figure:
 
 def _majority_is_right(seen: Examination, rows: slice) -> float:
     """Whether the first k samples of a prompt elect a right answer: that of its first voter."""
-    elected = majority(seen.votes[rows][: seen.k])
+    elected = majority(seen.sampled.votes[rows][: seen.k])
     return 0.0 if elected is None else float(seen.sampled.right[rows][elected])
 
 

@@ -31,6 +31,7 @@ class Answers:
         right: whether it is the right answer.
         rewards: by the grader, NaN where it failed; empty where nothing had to be graded.
         reasons: why a grade failed, a key of ``nemo_apo.grading.REASONS``, or "".
+        votes: its normalised answer, None where it gives none.
     """
 
     prompts: Sequence[Prompt]
@@ -38,6 +39,7 @@ class Answers:
     right: Sequence[bool]
     rewards: Sequence[float]
     reasons: Sequence[str]
+    votes: Sequence[str | None]
 
 
 @dataclass(frozen=True)
@@ -47,14 +49,12 @@ class Examination:
     Attributes:
         greedy: one completion of every prompt.
         sampled: ``per_prompt`` samples of each of the first prompts, those of one prompt together.
-        votes: the normalised answer of each sample, None where it gives none.
         per_prompt: samples per prompt.
         k: of pass@k and maj@k.
     """
 
     greedy: Answers
     sampled: Answers
-    votes: Sequence[str | None]
     per_prompt: int
     k: int
 
@@ -84,11 +84,7 @@ def examine(
         greedy = _judged(policy, config, grading, prompts, said, needs_rewards=True)
         said = complete(policy, task, config.rollout, repeated, draws, stop)
         sampled = _judged(policy, config, grading, repeated, said, needs_rewards=False)
-    votes = [
-        vote(task.text(said.row(row)), bool(said.finished_N[row]), config.grading.grader)
-        for row in range(len(repeated))
-    ]
-    return Examination(greedy, sampled, votes, per_prompt, settings.pass_k)
+    return Examination(greedy, sampled, per_prompt, settings.pass_k)
 
 
 def _judged(
@@ -110,4 +106,8 @@ def _judged(
         right = [task.solved(prompt, completions.row(row)) for row, prompt in enumerate(prompts)]
     else:
         right = [reward >= 1.0 for reward in rewards]  # NaN is not
-    return Answers(prompts, completions, right, rewards, reasons)
+    votes = [
+        vote(task.text(completions.row(row)), finished, config.grading.grader)
+        for row, finished in enumerate(completions.finished_N.tolist())
+    ]
+    return Answers(prompts, completions, right, rewards, reasons, votes)

@@ -6,39 +6,56 @@ import json
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from nemo_apo.config import ALLOWED_CHANGES, Config
+from nemo_apo.config import ALLOWED_CHANGES, Config, vocab_size
 
 VOCABULARY, PROMPTS, SEED = "task.vocab_size", "task.prompts_sha256", "run.seed"
 # The weights themselves depend on these.
 _NEVER = ("model.", VOCABULARY, SEED)
 # Where only some keys of a section decide what data means; the others are limits.
 _MEANING = {"grading": ("grader", "tolerance")}
-# Where a checkpoint's first weights came from decides nothing once they are in it.
-_WITHOUT = {"model": {"path"}}
+# Where first weights, data and tokenizer are read from: what they are stands in the checkpoint, and
+# the digest of the prompts says what the data is.
+_PLACES = {"model": ("path",), "task": ("tokenizer", "chat_template", "path", "test_path")}
 
 
 def fixed_values(config: Config) -> dict[str, Any]:
     """Every value that a checkpoint is tied to, by dotted key; plain JSON."""
-    values = {
+    values = model_values(config) | _section_values(config, ALLOWED_CHANGES)
+    values |= {PROMPTS: config.task.fingerprint(), SEED: config.run.seed}
+    return _as_read(values)
+
+
+def model_values(config: Config) -> dict[str, Any]:
+    """Those that the weights alone are tied to."""
+    values = _section_values(config, ("model",))
+    return _as_read({**values, VOCABULARY: vocab_size(config)})
+
+
+def model_changes(saved: Mapping[str, Any], config: Config) -> list[str]:
+    """Changed values of the model and its vocabulary, each as "key was X and is now Y"."""
+    wanted = model_values(config)
+    of_model = {k: v for k, v in saved.items() if k.startswith("model.") or k == VOCABULARY}
+    return changes(of_model, wanted, ())
+
+
+def _section_values(config: Config, sections: Collection[str]) -> dict[str, Any]:
+    return {
         f"{section}.{key}": value
-        for section in ("model", *ALLOWED_CHANGES)
+        for section in sections
         for key, value in meaning(section, getattr(config, section)).items()
     }
-    task = config.task
-    values |= {
-        VOCABULARY: task.vocab_size,
-        PROMPTS: task.fingerprint(),
-        SEED: config.run.seed,
-    }
-    # As they come back from a file: a tuple as a list.
+
+
+def _as_read(values: Mapping[str, Any]) -> dict[str, Any]:
+    """As they come back from a file: a tuple as a list."""
     return json.loads(json.dumps(values))
 
 
 def meaning(section: str, settings: Any) -> dict[str, Any]:
     """The values of a section, a dataclass, without those that decide nothing that is learned."""
     values = dataclasses.asdict(settings)
-    kept = _MEANING.get(section, values)
-    return {key: values[key] for key in kept if key not in _WITHOUT.get(section, ())}
+    places = _PLACES.get(section, ())
+    return {key: values[key] for key in _MEANING.get(section, values) if key not in places}
 
 
 def fingerprint(values: Mapping[str, Any]) -> str:

@@ -45,6 +45,7 @@ from nemo_apo.trainer.run_folder import (
     on_first_or_stop,
     prepare_folder,
 )
+from nemo_apo.trainer.same_data import check_same_data
 from nemo_apo.trainer.summary import summarize, write_summary
 from nemo_apo.trainer.versions import versions_of
 from nemo_apo.trainer.warm_start import run_warm_start
@@ -83,8 +84,9 @@ def run(config: Config) -> None:
         ConfigError: if the folder holds a run and ``run.if_exists`` is "error", or "resume" and
             its checkpoint is missing or belongs to another configuration; if the weights to start
             from are not there; or if the rollout engine cannot run here. Nothing is changed then.
-        TrainingStopped: after too many skipped optimizer steps in a row, if sampler and trainer
-            disagree beyond ``update.max_sampler_mismatch``, or if a checkpoint cannot be written.
+        TrainingStopped: if ranks have read different data, after too many skipped optimizer steps
+            in a row, if sampler and trainer disagree beyond ``update.max_sampler_mismatch``, or if
+            a checkpoint cannot be written.
         RanksLost: if some ranks no longer answer; it names them, and the groups stay as they are.
         StoppedEarly: on all ranks, after a signal or ``run.max_time``; what was done is saved.
     """
@@ -94,6 +96,7 @@ def run(config: Config) -> None:
     check_weights(folder, config)
     check_engine(config)
     with ranks(config) as (layout, stop):
+        check_same_data(config.task)
         prepare_folder(folder, config)
         with _view(config, layout) as view:
             _Run(config, layout, folder, view, stop).train()
@@ -116,7 +119,8 @@ def build_policy(config: Config, layout: Layout, weights_follow: bool = False) -
         config.rollout.temperature,
         config.run.seed,
         config.parallel,
-        weights_follow,
+        sampling_ranks=config.rollout.tensor_model_parallel_size,
+        weights_follow=weights_follow,
     )
     policy.engine = ENGINES[config.rollout.engine](policy, config)
     return policy

@@ -23,7 +23,7 @@ from nemo_apo.parallel.gather import (
     first_not_finite,
     sum_over,
 )
-from nemo_apo.parallel.layout import Layout, single_rank_groups
+from nemo_apo.parallel.layout import Layout
 from nemo_apo.parallel.logprobs import linear_logprobs
 from nemo_apo.parallel.step import (
     LossFunction,
@@ -67,6 +67,7 @@ class Policy:
         vocab_size: the unpadded vocabulary.
         temperature: sampling temperature; log-probs are those of the tempered policy.
         engine: completes prompts with its weights; set by whoever builds the policy.
+        sampling_ranks: over how many ranks the model that samples is split, by tensor parallelism.
     """
 
     engine: RolloutEngine
@@ -81,6 +82,7 @@ class Policy:
         temperature: float,
         seed: int,
         parallel: ParallelConfig,
+        sampling_ranks: int = 1,
         weights_follow: bool = False,
     ) -> None:
         """Build the model with its initial weights: random ones, or those at ``model.path``.
@@ -92,6 +94,7 @@ class Policy:
             max_sequence_length: longest prompt and completion, tokens.
             temperature: of sampling.
             seed: of random weights.
+            sampling_ranks: over how many ranks the model that samples is split.
             weights_follow: the caller loads other weights before any is used, so that those at
                 ``model.path`` need not be there any more.
 
@@ -101,6 +104,7 @@ class Policy:
         self.layout = layout
         self.vocab_size = vocab_size
         self.temperature = temperature
+        self.sampling_ranks = sampling_ranks
         # Every rank must hold equally many tokens of a sequence, in equal parts.
         self._width_multiple = 2 * layout.context_size if layout.context_size > 1 else 1
         if parallel.sequence_parallel:
@@ -114,10 +118,10 @@ class Policy:
         modules = [chunk.module for chunk in self.chunks]
         self.stage = modules[0] if len(modules) == 1 else Stage(modules)
         self._replica: GPTModel | None = None
-        if layout.is_model_parallel:
+        if _needs_replica(layout, parallel, sampling_ranks):
             torch.manual_seed(seed)
             self._replica = build_replica(
-                model, layout, padded, max_sequence_length, single_rank_groups(), initialize
+                model, layout, padded, max_sequence_length, sampling_ranks, initialize
             )
         if model.path is None:
             self._take_weights_of_replica()
@@ -282,6 +286,13 @@ class Policy:
         totals = sum_over(totals, self.layout.token_group)
         totals = broadcast_from_last(totals, self.layout.pipeline_group)
         return dict(zip(names, totals.cpu(), strict=True))
+
+
+def _needs_replica(layout: Layout, parallel: ParallelConfig, sampling_ranks: int) -> bool:
+    """Whether the model that samples is laid out unlike the one under training."""
+    stages = layout.pipeline_size * layout.context_size
+    like = (stages, layout.tensor_size) == (1, sampling_ranks)
+    return not like or parallel.sequence_parallel
 
 
 @contextlib.contextmanager

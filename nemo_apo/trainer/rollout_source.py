@@ -54,6 +54,7 @@ class RolloutSource:
         self.grading = Grading(config.grading, task)
         self._failures: Counter[str] = Counter()
         self._kept: tuple[KeptGroup, ...] = ()
+        self._grade_means: dict[str, float] = {}
 
     def draw(self, step: int) -> Drawn:
         """The rollout of RL step ``step``; with ``rollout.resample``, groups without signal are
@@ -89,6 +90,7 @@ class RolloutSource:
             record.RESAMPLED_GROUPS: (samples - first.count) // self.config.rollout.group_size,
             record.ROLLOUT_SECONDS: seconds,
         }
+        metrics |= self._grade_means
         for reason, count in self._failures.items():
             metrics[record.FAILED_GRADES_BY_REASON[reason]] = count
         rollouts = replace(rollouts, rewards_N=settled.rewards_N)
@@ -105,11 +107,13 @@ class RolloutSource:
             check_tokens(torch.tensor(prompt.tokens), self.policy.vocab_size)
         draws = uniforms(config.run.seed, stream, len(prompts), task.max_response_length)
         completions = complete(self.policy, task, config.rollout, prompts, draws, self.stop)
-        graded = grade(self.policy.layout, self.grading, task, prompts, completions)
+        graded = grade(self.policy.layout, self.grading, task, prompts, completions, config.shaping)
         self._failures.update(graded.failures)
         if again == 0 and keeps_samples(config.run, step + 1):
             groups = config.run.samples_groups
             self._kept = kept_groups(step + 1, task, prompts, completions, graded, size, groups)
+        if again == 0:
+            self._grade_means = graded.means()
         group_ids_N = torch.arange(count).repeat_interleave(size)
         rollouts = assemble(
             prompts,

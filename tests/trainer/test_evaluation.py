@@ -13,6 +13,7 @@ from nemo_apo.config import Config, EvaluationConfig
 from nemo_apo.grading import GradingSettings
 from nemo_apo.parallel import layout as parallel_layout
 from nemo_apo.tasks import Prompt
+from nemo_apo.trainer.engines.interface import Sampling
 from nemo_apo.trainer.evaluation import evaluate, figures
 from nemo_apo.trainer.examination import Answers, Examination, examine
 from nemo_apo.trainer.loop import build_policy
@@ -53,20 +54,14 @@ def test_with_as_many_samples_as_k_the_figures_are_shares_of_the_same_samples() 
     def work() -> None:
         training = begin(config)
         got = evaluate(training.policy, config, config.task).metrics()
-        task, model = config.task, training.policy.refit_sampler()
+        task, model = config.task, training.policy.stage
         prompts = task.test_prompts(12)
         samples = [prompt for prompt in prompts[:7] for _ in range(3)]
         draws = uniforms(config.run.seed, "pass@k", 21, task.max_response_length)
-        settings = {
-            "vocab_size": task.vocab_size,
-            "end_id": task.end_id,
-            "pad_id": task.pad_id,
-            "max_response_length": task.max_response_length,
-            "temperature": config.rollout.temperature,
-            "micro_batch_size": 16,
-        }
-        greedy = generate(model, prompts, None, **settings)
-        sampled = generate(model, samples, draws, **settings)
+        temperature = config.rollout.temperature
+        sampling = Sampling.of(task, task.vocab_size, temperature, micro_batch_size=16)
+        greedy = generate(model, prompts, None, sampling)
+        sampled = generate(model, samples, draws, sampling)
         solved = [task.solved(prompt, greedy.row(row)) for row, prompt in enumerate(prompts)]
         hits = [task.solved(prompt, sampled.row(row)) for row, prompt in enumerate(samples)]
         passed = [any(hits[3 * i : 3 * i + 3]) for i in range(7)]
@@ -143,17 +138,23 @@ def test_a_graders_value_decides_and_a_grade_that_fails_is_wrong_and_counted() -
     assert told.reward.value == pytest.approx(sum(known) / len(known), rel=1e-14)
 
 
-def answers_of(right: list[bool], lengths: list[int], finished: list[bool]) -> Answers:
+def answers_of(
+    right: list[bool],
+    lengths: list[int],
+    finished: list[bool],
+    votes: list[str | None] | None = None,
+) -> Answers:
     count = len(right)
     completions = Completions(
         tokens_NR=torch.zeros(count, 8, dtype=torch.int64),
         lengths_N=torch.tensor(lengths),
         finished_N=torch.tensor(finished),
+        logprobs_NR=torch.zeros(count, 8),
         logprob_sums_N=torch.zeros(count, dtype=torch.float64),
     )
     rewards = [0.5 * value for value in right]
     prompts = [Prompt("1", (4,))] * count
-    return Answers(prompts, completions, right, rewards, [""] * count)
+    return Answers(prompts, completions, right, rewards, [""] * count, votes or [None] * count)
 
 
 def test_the_figures_worked_by_hand() -> None:
@@ -162,12 +163,12 @@ def test_the_figures_worked_by_hand() -> None:
         [*(False, True, True, False, False), *(False, True, False, False, False)],
         [*(2, 4, 6, 8, 8), *(1, 1, 1, 1, 6)],
         [*(True, True, True, False, False), *(True, True, True, True, False)],
+        # First prompt: b is elected by 2 of the first 3, though a has 3 of 5. Second: nobody but
+        # the third votes among the first 3, and is wrong.
+        [*("a", "b", "b", "a", "a"), *(None, None, "d", "c", "c")],
     )
-    # First prompt: b is elected by 2 of the first 3, though a has 3 of 5. Second: nobody but the
-    # third votes among the first 3, and is wrong.
-    votes = [*("a", "b", "b", "a", "a"), *(None, None, "d", "c", "c")]
     greedy = answers_of([True, False, True, True], [2, 3, 4, 5], [True, True, True, False])
-    told = figures(Examination(greedy, sampled, votes, per_prompt=5, k=3))
+    told = figures(Examination(greedy, sampled, per_prompt=5, k=3))
     assert told.accuracy.value == 0.75
     # Squares: 3 / 16 + 9 / 16 = 3 / 4, over 3 and 4.
     assert told.accuracy.error == pytest.approx(0.25, rel=1e-15)
@@ -188,6 +189,6 @@ def test_the_figures_worked_by_hand() -> None:
 
 def test_prompts_without_any_vote_elect_no_right_answer() -> None:
     sampled = answers_of([True, True], [1, 1], [True, True])
-    told = figures(Examination(sampled, sampled, [None, None], per_prompt=2, k=2))
+    told = figures(Examination(sampled, sampled, per_prompt=2, k=2))
     assert (told.maj_at_k.value, told.pass_at[2].value) == (0.0, 1.0)
     assert math.isnan(told.maj_at_k.error)

@@ -17,6 +17,7 @@ from nemo_apo.compose.hf_model import decoder_of
 from nemo_apo.config import Config, vocab_size
 from nemo_apo.parallel.together import RankError, together
 from nemo_apo.tasks import Prompt
+from nemo_apo.trainer.engines.hf_tensors import hf_tensors
 from nemo_apo.trainer.engines.interface import Sampling
 from nemo_apo.trainer.engines.vllm_requests import (
     completions_of,
@@ -24,7 +25,6 @@ from nemo_apo.trainer.engines.vllm_requests import (
     request_arguments,
     seeds,
 )
-from nemo_apo.trainer.hf_weights import tensors_of
 from nemo_apo.trainer.policy import Policy
 from nemo_apo.trainer.rollouts import Completions
 from nemo_apo.trainer.run_folder import TrainingStopped
@@ -40,10 +40,10 @@ def start_vllm(arguments: dict[str, Any]) -> Any:
 
 
 class VllmEngine:
-    """One engine per tensor-parallel group of the trainer; its ranks complete the same prompts.
+    """One engine for every ``rollout.tensor_model_parallel_size`` ranks.
 
-    Weights are handed over on the GPU, from the whole copy of the model that every rank of a
-    model-parallel layout holds. Asleep, the engine keeps its own in host memory (vLLM's level 1;
+    Weights are handed over on the GPU, tensor by tensor, from the model that would sample were
+    there no other engine. Asleep, the engine keeps its own in host memory (vLLM's level 1;
     level 2 also drops buffers that no weights bring back).
 
     Args:
@@ -58,7 +58,7 @@ class VllmEngine:
         config: Config,
         start: Callable[[dict[str, Any]], Any] = start_vllm,
     ) -> None:
-        self.ranks_per_copy = policy.layout.tensor_size
+        self.ranks_per_copy = policy.sampling_ranks
         self._policy = policy
         self._decoder = decoder_of(config.model, vocab_size(config))
         self._llm = start(engine_arguments(config))
@@ -73,7 +73,8 @@ class VllmEngine:
     def refit(self) -> None:
         worker = self._llm.llm_engine.model_executor.driver_worker
         module = self._policy.refit_sampler()
-        worker.model_runner.model.load_weights(tensors_of(module, self._decoder))
+        tensors = hf_tensors(module, self._decoder, self.ranks_per_copy)
+        worker.model_runner.model.load_weights(tensors)
         # What was cached of prompts belongs to the old weights.
         self._llm.reset_prefix_cache()
         self._llm.wake_up(tags=["kv_cache"])

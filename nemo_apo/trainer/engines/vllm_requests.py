@@ -45,16 +45,16 @@ def check_vllm(
         )
     if not {"RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"} <= environment.keys():
         raise ConfigError(f"{key}: the ranks must be started by torchrun, also a single one")
-    tensor, on_node = config.parallel.tensor_model_parallel_size, environment["LOCAL_WORLD_SIZE"]
-    if int(on_node) % tensor != 0:
+    together, on_node = config.rollout.tensor_model_parallel_size, environment["LOCAL_WORLD_SIZE"]
+    if int(on_node) % together != 0:
         raise ConfigError(
-            f"{key}: the ranks of parallel.tensor_model_parallel_size={tensor} hold one engine and "
-            f"must be on one machine, which has {on_node} ranks"
+            f"{key}: the ranks of rollout.tensor_model_parallel_size={together} hold one engine "
+            f"and must be on one machine, which has {on_node} ranks"
         )
 
 
 def engine_arguments(config: Config) -> dict[str, Any]:
-    """How the engine of this rank is built: in its process, over its tensor-parallel ranks.
+    """How the engine of this rank is built: in its process, over the ranks that share it.
 
     Weights come from the policy before anything is generated, so none are read.
     """
@@ -64,7 +64,7 @@ def engine_arguments(config: Config) -> dict[str, Any]:
         "load_format": "dummy",
         "dtype": config.model.params_dtype,
         "seed": config.run.seed,
-        "tensor_parallel_size": config.parallel.tensor_model_parallel_size,
+        "tensor_parallel_size": rollout.tensor_model_parallel_size,
         "distributed_executor_backend": "external_launcher",
         "enable_sleep_mode": True,
         "gpu_memory_utilization": rollout.gpu_memory_utilization,

@@ -8,17 +8,20 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from nemo_apo.config import ConfigError, ParallelConfig
+from nemo_apo.compose.hf_model import decoder_of
+from nemo_apo.config import ConfigError, ParallelConfig, vocab_size
 from nemo_apo.trainer.engines.by_name import check_engine
 from nemo_apo.trainer.engines.vllm import VllmEngine
+from nemo_apo.trainer.hf_weights import tensors_of
 from nemo_apo.trainer.loop import run
 from nemo_apo.trainer.run_folder import TrainingStopped
 from nemo_apo.trainer.sampler import uniforms
 from nemo_apo.trainer.sampling import complete
 from tests.parallel.ranks import run_ranks
 
-from ..tiny_runs import begin, tiny_config
+from ..tiny_runs import Training, begin, tiny_config
 from .test_vllm_requests import Answer, answer
 
 
@@ -29,7 +32,7 @@ class StandIn:
         self.arguments = arguments
         self.wrong = wrong_rank == torch.distributed.get_rank()
         self.calls: list[Any] = []
-        self.weights: dict[str, torch.Tensor] = {}
+        self.weights: dict[str, Tensor] = {}
         model = SimpleNamespace(load_weights=self._load)
         worker = SimpleNamespace(model_runner=SimpleNamespace(model=model))
         self.llm_engine = SimpleNamespace(model_executor=SimpleNamespace(driver_worker=worker))
@@ -54,12 +57,15 @@ class StandIn:
         return [answer([prompt["prompt_token_ids"][-1], end]) for prompt in prompts]
 
 
-def with_stand_in(parallel: ParallelConfig, wrong_rank: int | None = None) -> tuple[Any, StandIn]:
+def with_stand_in(shared_by: int, wrong_rank: int | None = None) -> tuple[Training, StandIn]:
+    """A policy that is tensor-parallel itself, and an engine for every ``shared_by`` ranks."""
     # What is imported of vLLM when requests are made.
     stub = ModuleType("vllm")
     stub.SamplingParams = lambda **arguments: arguments  # type: ignore[attr-defined]
     sys.modules["vllm"] = stub
-    training = begin(tiny_config(parallel=parallel))
+    config = tiny_config(parallel=ParallelConfig(2))
+    rollout = replace(config.rollout, tensor_model_parallel_size=shared_by)
+    training = begin(replace(config, rollout=rollout))
     made: list[StandIn] = []
 
     def start(arguments: dict[str, Any]) -> StandIn:
@@ -70,8 +76,9 @@ def with_stand_in(parallel: ParallelConfig, wrong_rank: int | None = None) -> tu
     return training, made[0]
 
 
-def completed(parallel: ParallelConfig) -> list[str]:
-    training, llm = with_stand_in(parallel)
+def completed(shared_by: int) -> tuple[list[str], dict[str, Tensor]]:
+    """The prompts that this rank's engine was given last, and the weights."""
+    training, llm = with_stand_in(shared_by)
     assert llm.calls == [("sleep", 1)], "an engine is made asleep"
     task = training.config.task
     prompts = task.test_prompts(5)
@@ -86,27 +93,38 @@ def completed(parallel: ParallelConfig) -> list[str]:
         ("sleep", 1),
     ]
     assert [done.row(row) for row in range(5)] == [[prompt.tokens[-1], 1] for prompt in prompts]
-    assert llm.arguments["tensor_parallel_size"] == parallel.tensor_model_parallel_size
-    # The weights are the policy's, under the checkpoint's names.
-    embedding = training.weights()["embedding.word_embeddings.weight"]
-    handed = llm.weights["model.embed_tokens.weight"]
-    assert torch.equal(handed, embedding[: handed.shape[0]])
-    assert any(name.endswith("layers.1.mlp.down_proj.weight") for name in llm.weights)
+    assert llm.arguments["tensor_parallel_size"] == shared_by
     assert all(request["seed"] is not None for request in llm.requests)
     complete(training.policy, task, training.config.rollout, prompts, None)
     assert all(request["seed"] is None for request in llm.requests)
-    return [str(prompt["prompt_token_ids"]) for prompt in llm.prompts]
+    return [str(prompt["prompt_token_ids"]) for prompt in llm.prompts], llm.weights
 
 
-@pytest.mark.parametrize("tensor", [1, 2])
-def test_a_round_of_the_engine(tensor: int) -> None:
-    first, second = run_ranks(2, completed, ParallelConfig(tensor))
-    assert (first == second) == (tensor == 2)
-    assert len(first) == (5 if tensor == 2 else 3)
+@pytest.mark.parametrize("shared_by", [1, 2])
+def test_a_round_of_the_engine(shared_by: int) -> None:
+    (first, _), (second, _) = run_ranks(2, completed, shared_by)
+    assert (first == second) == (shared_by == 2)
+    assert len(first) == (5 if shared_by == 2 else 3)
 
 
-def stopped(parallel: ParallelConfig) -> str:
-    training, _ = with_stand_in(parallel, wrong_rank=1)
+def whole_weights() -> dict[str, Tensor]:
+    """The same weights by the code that exports them, on one rank."""
+    config = tiny_config()
+    policy = begin(config).policy
+    return dict(tensors_of(policy.stage, decoder_of(config.model, vocab_size(config))))
+
+
+@pytest.mark.parametrize("shared_by", [1, 2])
+def test_every_rank_hands_over_the_whole_model_by_the_checkpoints_names(shared_by: int) -> None:
+    (wanted,) = run_ranks(1, whole_weights)
+    assert "model.layers.1.mlp.down_proj.weight" in wanted
+    for _, handed in run_ranks(2, completed, shared_by):
+        assert handed.keys() == wanted.keys()
+        assert all(torch.equal(handed[name], wanted[name]) for name in wanted)
+
+
+def stopped() -> str:
+    training, _ = with_stand_in(1, wrong_rank=1)
     task = training.config.task
     with pytest.raises(TrainingStopped) as error:
         complete(training.policy, task, training.config.rollout, task.test_prompts(4), None)
@@ -114,7 +132,7 @@ def stopped(parallel: ParallelConfig) -> str:
 
 
 def test_a_bad_answer_on_one_rank_ends_the_run_on_all() -> None:
-    messages = run_ranks(2, stopped, ParallelConfig())
+    messages = run_ranks(2, stopped)
     assert messages[0] == messages[1]
     assert "rank 1: BadAnswer: token id 99 outside the vocabulary" in messages[0]
     assert "rank 0" not in messages[0]

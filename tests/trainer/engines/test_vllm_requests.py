@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from nemo_apo.config import ConfigError, ParallelConfig, RolloutConfig
+from nemo_apo.config import ConfigError, RolloutConfig
 from nemo_apo.trainer.engines.interface import Sampling
 from nemo_apo.trainer.engines.vllm_requests import (
     BadAnswer,
@@ -94,8 +94,9 @@ class TestRequests:
     def test_the_engine_is_that_of_the_trainer(self) -> None:
         config = tiny_config(
             model=replace(TINY_MODEL, path="/models/m", params_dtype="bfloat16"),
-            parallel=ParallelConfig(2),
-            rollout=RolloutConfig(gpu_memory_utilization=0.3, micro_batch_size=32),
+            rollout=RolloutConfig(
+                gpu_memory_utilization=0.3, micro_batch_size=32, tensor_model_parallel_size=2
+            ),
         )
         arguments = engine_arguments(config)
         assert arguments["model"] == "/models/m"
@@ -154,7 +155,7 @@ class TestAnswers:
 
 
 class TestRefusals:
-    CONFIG = tiny_config(parallel=ParallelConfig(2))
+    CONFIG = tiny_config(rollout=RolloutConfig(tensor_model_parallel_size=2))
 
     def test_what_it_needs_is_there(self) -> None:
         check_vllm(self.CONFIG, True, True, TORCHRUN)
