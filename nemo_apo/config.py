@@ -34,7 +34,7 @@ BACKENDS = ("auto", "gloo", "nccl")
 PARAMS_DTYPES = ("float32", "bfloat16")
 RECOMPUTE = ("none", "selective", "full")
 # The keys of ``nemo_apo.trainer.engines.ENGINES``.
-ROLLOUT_ENGINES = ("static",)
+ROLLOUT_ENGINES = ("static", "vllm")
 LR_DECAY_STYLES = ("constant", "linear", "cosine")
 # Sections that a checkpoint is tied to, unless run.allow_changed names them.
 ALLOWED_CHANGES = (
@@ -233,14 +233,16 @@ class RolloutConfig:
     """Sampling of one RL step.
 
     Attributes:
-        engine: what completes the prompts: "static" (the trainer's own model).
+        engine: what completes the prompts: "static" (the trainer's own model), or "vllm" (the
+            ``vllm`` extra, on GPUs only, of the checkpoint at ``model.path``).
+        gpu_memory_utilization: share of a GPU's memory that vLLM may take.
         prompts: prompts per rollout (groups).
         group_size: completions per prompt, P.
         temperature: of sampling; log-probs are those of the tempered policy throughout.
         top_k, top_p: not supported (they cut the policy's support); 0 and 1 mean off.
         resample: extra rounds of prompts drawn to replace groups without signal; 0 is off.
         micro_batch_size: sequences generated at once on a rank.
-        tensor_model_parallel_size: ranks that share the model that samples ("static"); it is the
+        tensor_model_parallel_size: ranks that share the model that samples; with "static" it is the
             trained one itself where that is laid out so, else a copy that is refitted.
         offload: keep gradients, moments and main weights out of the GPU's memory while completions
             are generated; on GPUs only.
@@ -250,6 +252,7 @@ class RolloutConfig:
     """
 
     engine: str = "static"
+    gpu_memory_utilization: float = 0.5
     prompts: int = 32
     group_size: int = 8
     temperature: float = 1.0
@@ -437,6 +440,7 @@ def validate(config: Config, world_size: int, reads_files: bool = True) -> None:
     _check_grading(config.grading, config.parallel)
     _check_shaping(config.shaping, config.task)
     _check_rollout(config.rollout)
+    _check_engine(config)
     _check_sampling_ranks(config, world_size)
     _check_update(config.update, config.rollout)
     _check_optimizer(config.optimizer)
@@ -672,6 +676,22 @@ def _check_rollout(rollout: RolloutConfig) -> None:
     require(rollout.top_p == 1.0, "rollout.top_p", rollout.top_p, cut + "must be 1")
     cap, rule = rollout.importance_cap, "must be at least 1 and finite, or null for no correction"
     require(cap is None or 1.0 <= cap < math.inf, "rollout.importance_cap", cap, rule)
+
+
+def _check_engine(config: Config) -> None:
+    rollout, key = config.rollout, "rollout.gpu_memory_utilization"
+    share, unset = rollout.gpu_memory_utilization, RolloutConfig.gpu_memory_utilization
+    require(0.0 < share < 1.0, key, share, "must lie in (0, 1)")
+    if rollout.engine != "vllm":
+        rule = f"is of the vllm engine alone (rollout.engine={rollout.engine})"
+        require(share == unset, key, share, rule)
+        return
+    key, path = "rollout.engine", config.model.path
+    rule = "needs model.path: it builds its model by the checkpoint's config.json"
+    require(path is not None, key, rollout.engine, rule)
+    rule = "needs update.max_sampler_mismatch (such as 0.05): other code than the trainer's "
+    rule += "computes its log-probs, and a run must end where they are not the trainer's"
+    require(config.update.max_sampler_mismatch is not None, key, rollout.engine, rule)
 
 
 def _check_sampling_ranks(config: Config, world_size: int) -> None:

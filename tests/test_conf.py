@@ -333,6 +333,8 @@ class TestMistakes:
             ["grading.workers=1", "grading.total_s=413"],
             ["grading.grader=numeric", "grading.tolerance=-1"],
             ["rollout.engine=vlm"],
+            ["rollout.gpu_memory_utilization=0"],
+            ["rollout.gpu_memory_utilization=1"],
             ["shaping.format=-1"],
             ["shaping.repetition=inf"],
             ["shaping.repetition_ngram=5"],
@@ -431,6 +433,18 @@ class TestMistakes:
         message = refusal(f"grading.grader='{grader}'")
         assert message.startswith("grading.workers=0: must be at least 1 for this grader")
         validate(compose([f"grading.grader='{grader}'", "grading.workers=1"]), 1)
+
+    def test_a_separate_engine_needs_a_checkpoint_and_a_check(self) -> None:
+        message = refusal("rollout.engine=vllm")
+        assert message.startswith("rollout.engine=vllm: needs model.path")
+        config = compose(["rollout.engine=vllm"])
+        named = dataclasses.replace(config, model=dataclasses.replace(config.model, path="/m"))
+        with pytest.raises(ConfigError, match=r"needs update\.max_sampler_mismatch"):
+            validate(named, 1)
+        checked = dataclasses.replace(config.update, max_sampler_mismatch=0.05)
+        validate(dataclasses.replace(named, update=checked), 1)
+        message = refusal("rollout.gpu_memory_utilization=0.3")
+        assert "is of the vllm engine alone (rollout.engine=static)" in message
 
     def test_ranks_wait_longer_than_a_call_may_last(self) -> None:
         # Beside total_s: wall_s=10 and a grace of 15, twice start_s=60 and 15, 12 to end; 187.
