@@ -10,6 +10,7 @@ from nemo_apo.cli.train import (
     ignore_fallback_warnings,
     require_grader,
     require_packages,
+    require_transformer_impl,
     world_size,
 )
 from nemo_apo.compose import compose
@@ -49,6 +50,7 @@ def main(arguments: argparse.Namespace) -> None:
     config = compose(overrides, _config_file(arguments.config, folder), arguments.config_dir)
     validate(config, world_size())
     require_packages({"megatron": "trainer"})
+    require_transformer_impl(config)
     ignore_fallback_warnings()
     weights = _weights(config, folder, arguments.checkpoint)
     require_grader(config)

@@ -51,6 +51,7 @@ def main(arguments: argparse.Namespace) -> None:
         if first:
             print(plan(config, ranks))
         return
+    require_transformer_impl(config)
     ignore_fallback_warnings()
     _require_packages_of(config.run)
     from nemo_apo.trainer.loop import run
@@ -112,6 +113,16 @@ def _check_memory(config: Config, ranks: int, available: int | None) -> None:
         "model, smaller micro-batches or parallel.recompute need less (nemo-apo plan), and "
         "run.check_memory=false tries it all the same",
     )
+
+
+def require_transformer_impl(config: Config) -> None:
+    """Raise ``ConfigError`` for transformer layers that cannot run on this machine."""
+    import torch
+
+    from nemo_apo.trainer.transformer_impl import chosen_impl
+
+    on_gpu = config.parallel.backend != "gloo" and torch.cuda.is_available()
+    chosen_impl(config.model, on_gpu)
 
 
 def require_grader(config: Config) -> None:

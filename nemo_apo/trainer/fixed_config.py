@@ -13,8 +13,9 @@ VOCABULARY, PROMPTS, SEED = "task.vocab_size", "task.prompts_sha256", "run.seed"
 _NEVER = ("model.", VOCABULARY, SEED)
 # Where only some keys of a section decide what data means; the others are limits.
 _MEANING = {"grading": ("grader", "tolerance")}
-# Where a checkpoint's first weights came from decides nothing once they are in it.
-_WITHOUT = {"model": {"path"}}
+# Where a checkpoint's first weights came from decides nothing once they are in it; what their
+# layers were made of stands in its manifest.
+_WITHOUT = {"model": {"path", "transformer_impl"}}
 
 
 def fixed_values(config: Config) -> dict[str, Any]:
