@@ -8,7 +8,7 @@ or file is made. Defaults stand here and, commented, in ``conf/``; a test holds 
 
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nemo_apo.core.alpha_schedule import SCHEDULES, GuardedSchedule, Schedule
@@ -20,6 +20,7 @@ from nemo_apo.core.temperature import TEMPERATURES, FixedTemperature, Temperatur
 from nemo_apo.grading.graders import GRADERS, NEEDS_WORKER
 from nemo_apo.grading.pool import longest_call_s
 from nemo_apo.grading.settings import TASK_GRADER, GradingSettings
+from nemo_apo.grading.shaping import Shaping
 from nemo_apo.tasks import TASKS, SortTask, Task
 
 
@@ -47,6 +48,7 @@ ALLOWED_CHANGES = (
     "regularizers",
     "rollout",
     "grading",
+    "shaping",
     "optimizer",
 )
 # Metrics of which more is better.
@@ -110,6 +112,9 @@ class RunConfig:
         tensorboard: write TensorBoard event files.
         wandb: also log to Weights & Biases (the ``wandb`` extra).
         wandb_project: its project.
+        samples_every: RL steps between those of which completions are kept in ``samples.jsonl``
+            (the first and the last are always among them); 0 keeps none.
+        samples_groups: how many groups of such a step are kept.
         report: write report.html and report.png at the end.
     """
 
@@ -132,6 +137,8 @@ class RunConfig:
     tensorboard: bool = True
     wandb: bool = False
     wandb_project: str = "nemo_apo"
+    samples_every: int = 10
+    samples_groups: int = 2
     report: bool = True
 
     def __post_init__(self) -> None:
@@ -238,6 +245,10 @@ class RolloutConfig:
         top_k, top_p: not supported (they cut the policy's support); 0 and 1 mean off.
         resample: extra rounds of prompts drawn to replace groups without signal; 0 is off.
         micro_batch_size: sequences generated at once on a rank.
+        tensor_model_parallel_size: ranks that share the model that samples ("static"); it is the
+            trained one itself where that is laid out so, else a copy that is refitted.
+        offload: keep gradients, moments and main weights out of the GPU's memory while completions
+            are generated; on GPUs only.
         importance_cap: bound on the weight min(exp(old - sampler), cap) of each token's gradient,
             which corrects for a sampler whose log-probs are not quite the trainer's; None weighs
             nothing (``nemo_apo.core.importance``).
@@ -251,6 +262,8 @@ class RolloutConfig:
     top_p: float = 1.0
     resample: int = 0
     micro_batch_size: int = 512
+    tensor_model_parallel_size: int = 1
+    offload: bool = False
     importance_cap: float | None = None
 
 
@@ -351,12 +364,19 @@ class Config:
     regularizers: Regularizers = field(default_factory=Regularizers)
     groups: GroupRules = field(default_factory=GroupRules)
     grading: GradingSettings = field(default_factory=GradingSettings)
+    shaping: Shaping = field(default_factory=Shaping)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     update: UpdateConfig = field(default_factory=UpdateConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     diagnostics: Thresholds = field(default_factory=Thresholds)
+
+    def __post_init__(self) -> None:
+        # "task" stands for the task's own grader; for a task of text, that is one by name.
+        named = self.task.text_grader
+        if self.grading.grader == TASK_GRADER and named is not None:
+            object.__setattr__(self, "grading", replace(self.grading, grader=named))
 
 
 # The default value of every section whose class depends on its ``name`` field.
@@ -401,17 +421,40 @@ def validate(config: Config, world_size: int) -> None:
         ConfigError: naming key, value and rule.
     """
     _check_run(config.run)
+    _check_task(config.task)
     _check_model(config.model)
     _check_vocabulary(config)
     _check_layout(config, world_size)
     _check_keeping(config)
     _check_anchor(config.anchor)
     _check_grading(config.grading, config.parallel)
+    _check_shaping(config.shaping, config.task)
     _check_rollout(config.rollout)
+    _check_sampling_ranks(config, world_size)
     _check_update(config.update, config.rollout)
     _check_optimizer(config.optimizer)
     _check_warm_start(config.warm_start, config.task)
     _check_evaluation(config.evaluation)
+
+
+def check_task_data(config: Config) -> list[str]:
+    """Load the task's data and check it against the configuration.
+
+    Returns:
+        What was kept and dropped, in lines.
+
+    Raises:
+        ConfigError: if data is missing, cannot be read or is too little.
+    """
+    try:
+        report, held_out = config.task.data_report(), config.task.test_size
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    if held_out is not None:
+        prompts = config.evaluation.prompts
+        rule = f"must not exceed the {held_out} held-out prompts"
+        require(prompts <= held_out, "evaluation.prompts", prompts, rule)
+    return report
 
 
 def _at_least(section: str, values: object, minimum: int, *keys: str) -> None:
@@ -439,8 +482,8 @@ def _one_of(key: str, value: str, choices: tuple[str, ...]) -> None:
 def _check_run(run: RunConfig) -> None:
     allowed = run.name not in ("", ".", "..") and not set(run.name) & set("/\\\0")
     require(allowed, "run.name", run.name, "must be the name of one folder")
-    _at_least("run", run, 0, "seed", "save_every")
-    _at_least("run", run, 1, "steps")
+    _at_least("run", run, 0, "seed", "save_every", "samples_every")
+    _at_least("run", run, 1, "steps", "samples_groups")
     _one_of("run.if_exists", run.if_exists, IF_EXISTS_RULES)
     _one_of("run.console", run.console, CONSOLES)
     if run.threads is not None:
@@ -453,6 +496,14 @@ def _check_run(run: RunConfig) -> None:
             seconds_of_time(run.max_time)
         except ValueError as error:
             raise ConfigError(f"run.max_time={run.max_time}: {error}") from None
+
+
+def _check_task(task: Task) -> None:
+    """Read what needs no data set: a tokenizer, where there is one."""
+    try:
+        task.vocab_size  # noqa: B018
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def _check_model(model: ModelConfig) -> None:
@@ -504,22 +555,7 @@ def _check_layout(config: Config, world_size: int) -> None:
     _one_of("parallel.recompute", parallel.recompute, RECOMPUTE)
     _positive("parallel", parallel, "timeout_minutes")
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    for key in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
-        value = getattr(model, key)
-        require(
-            value % tp == 0,
-            "parallel.tensor_model_parallel_size",
-            tp,
-            f"must divide model.{key}={value}",
-        )
-    padded = padded_vocab_size(vocab_size(config), model)
-    require(
-        padded % tp == 0,
-        "parallel.tensor_model_parallel_size",
-        tp,
-        f"must divide the padded vocabulary of {padded} tokens "
-        f"(model.make_vocab_size_divisible_by={model.make_vocab_size_divisible_by})",
-    )
+    _check_tensor_size(config, "parallel.tensor_model_parallel_size", tp)
     require(
         model.num_layers % pp == 0,
         "parallel.pipeline_model_parallel_size",
@@ -538,6 +574,18 @@ def _check_layout(config: Config, world_size: int) -> None:
         f"must divide the number of ranks, which is {world_size} "
         "(NPROC=n scripts/quickstart.sh starts n ranks)",
     )
+
+
+def _check_tensor_size(config: Config, key: str, size: int) -> None:
+    """Whether the model can be split over so many tensor-parallel ranks."""
+    model = config.model
+    for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
+        value = getattr(model, name)
+        require(value % size == 0, key, size, f"must divide model.{name}={value}")
+    padded = padded_vocab_size(vocab_size(config), model)
+    rule = f"must divide the padded vocabulary of {padded} tokens "
+    rule += f"(model.make_vocab_size_divisible_by={model.make_vocab_size_divisible_by})"
+    require(padded % size == 0, key, size, rule)
 
 
 def _check_virtual(parallel: ParallelConfig, model: ModelConfig) -> None:
@@ -612,6 +660,13 @@ def _refuse_unread_grading(grading: GradingSettings) -> None:
     require(read, "grading.tolerance", grading.tolerance, rule)
 
 
+def _check_shaping(shaping: Shaping, task: Task) -> None:
+    limit = task.max_response_length
+    fits = shaping.overlong == 0.0 or shaping.overlong_cache <= limit
+    rule = f"must not exceed the length limit of {limit} tokens"
+    require(fits, "shaping.overlong_cache", shaping.overlong_cache, rule)
+
+
 def _check_rollout(rollout: RolloutConfig) -> None:
     _one_of("rollout.engine", rollout.engine, ROLLOUT_ENGINES)
     _at_least("rollout", rollout, 1, "prompts", "micro_batch_size")
@@ -623,6 +678,14 @@ def _check_rollout(rollout: RolloutConfig) -> None:
     require(rollout.top_p == 1.0, "rollout.top_p", rollout.top_p, cut + "must be 1")
     cap, rule = rollout.importance_cap, "must be at least 1 and finite, or null for no correction"
     require(cap is None or 1.0 <= cap < math.inf, "rollout.importance_cap", cap, rule)
+
+
+def _check_sampling_ranks(config: Config, world_size: int) -> None:
+    key = "rollout.tensor_model_parallel_size"
+    ranks = config.rollout.tensor_model_parallel_size
+    _at_least("rollout", config.rollout, 1, "tensor_model_parallel_size")
+    require(world_size % ranks == 0, key, ranks, f"must divide the number of ranks, {world_size}")
+    _check_tensor_size(config, key, ranks)
 
 
 def _check_update(update: UpdateConfig, rollout: RolloutConfig) -> None:

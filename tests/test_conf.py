@@ -19,6 +19,7 @@ from nemo_apo.config import (
 )
 from nemo_apo.core.anchoring import ANCHORS
 from nemo_apo.core.objectives import OBJECTIVES
+from tests.tasks.tiny_chat import save_tokenizer
 
 CONF = conf_dir()
 OPTIONS = [(group, option) for group, named in group_options().items() for option in named]
@@ -46,7 +47,9 @@ def config_with(section: str, name: str) -> list[str]:
 def literal(value: object) -> str:
     """A value as it is written on the command line."""
     if isinstance(value, tuple):
-        return f"[{','.join(value)}]"
+        return f"[{','.join(map(str, value))}]"
+    if isinstance(value, str) and " " in value:
+        return f"'{value}'"
     return (
         "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
     )
@@ -62,13 +65,22 @@ def instances() -> dict[tuple[str, str], Any]:
     return found
 
 
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny checkpoint's tokenizer."""
+    return save_tokenizer(tmp_path_factory.mktemp("checkpoint"))
+
+
 class TestShippedFiles:
     def test_the_defaults_are_those_of_the_dataclasses(self) -> None:
         assert compose([]) == Config()
 
     @pytest.mark.parametrize(("group", "option"), COMPOSABLE)
-    def test_every_option_composes_and_runs(self, group: str, option: str) -> None:
-        config = compose([f"{group}={option}"])
+    def test_every_option_composes_and_runs(self, group: str, option: str, tokenizer: Path) -> None:
+        needed = []
+        if group == "task" and option != "sort":
+            needed = [f"task.tokenizer={tokenizer}", "warm_start.steps=0", "grading.workers=1"]
+        config = compose([f"{group}={option}", *needed])
         parallel = config.parallel
         ranks = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
         validate(config, ranks * parallel.context_parallel_size)
@@ -222,7 +234,7 @@ class TestMistakes:
             ("objectives=gspo", "did you mean objective"),
             ("parallel=tp3", "single"),
             ("anchor=oldest", "did you mean old"),
-            ("task=math", "must be one of sort"),
+            ("task=maths", "did you mean math"),
         ],
     )
     def test_an_unknown_option_is_answered_with_the_nearest(self, wrong: str, right: str) -> None:
@@ -303,6 +315,12 @@ class TestMistakes:
             ["grading.workers=1", "grading.total_s=413"],
             ["grading.grader=numeric", "grading.tolerance=-1"],
             ["rollout.engine=vlm"],
+            ["shaping.format=-1"],
+            ["shaping.repetition=inf"],
+            ["shaping.repetition_ngram=5"],
+            ["shaping.repetition=1", "shaping.repetition_ngram=0"],
+            ["shaping.overlong_cache=8"],
+            ["shaping.overlong=1", "shaping.overlong_cache=9"],
             ["rollout.group_size=1"],
             ["rollout.prompts=0"],
             ["rollout.temperature=0"],
@@ -321,6 +339,17 @@ class TestMistakes:
             ["evaluation.prompts=100", "evaluation.pass_prompts=200"],
             ["task.reward=approximate"],
             ["task.length=1"],
+            ["task=math", "task.levels=[6]"],
+            ["task=math", "task.levels=[a]"],
+            ["task=math", "task.subjects=[1]"],
+            ["task=math", "task.max_prompt_length=0"],
+            ["task=math", "task.max_response_length=0"],
+            ["task=gsm8k", "task.long_prompts=cut"],
+            ["task=gsm8k", "task.held_out_share=0.2"],
+            ["task=dataset", "task.held_out_share=1"],
+            ["task=dataset", "task.stop_strings=['']"],
+            ["task=dataset", "task.answer_format=last"],
+            ["task=dataset", "task.tokenizer=null"],
             ["task.teacher_drop=1.5"],
             ["model.kv_channels=15"],
             ["model.num_query_groups=3"],
@@ -357,7 +386,7 @@ class TestMistakes:
             (
                 ["run.allow_changed=[task,model]"],
                 "run.allow_changed=model: may hold task, objective, schedule, tau, anchor, "
-                "regularizers, rollout, grading, optimizer",
+                "regularizers, rollout, grading, shaping, optimizer",
             ),
             (["run.keep_best=2"], "run.keep_best=2: needs run.keep_last, else all are kept"),
             (

@@ -14,7 +14,7 @@ from nemo_apo.cli.train import (
     world_size,
 )
 from nemo_apo.compose import compose
-from nemo_apo.config import Config, ConfigError, require, validate
+from nemo_apo.config import Config, ConfigError, check_task_data, require, validate
 from nemo_apo.record import CHECKPOINT_DIR, CONFIG_FILE
 from nemo_apo.trainer.durable_files import replace_text
 from nemo_apo.trainer.sealed_folder import MANIFEST_FILE
@@ -54,6 +54,7 @@ def main(arguments: argparse.Namespace) -> None:
     ignore_fallback_warnings()
     weights = _weights(config, folder, arguments.checkpoint)
     require_grader(config)
+    check_task_data(config)
     from nemo_apo.cli.eval_output import as_json, sample_lines, table
     from nemo_apo.trainer.evaluated_weights import evaluate_weights
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from nemo_apo.cli.dry_run import plan
 from nemo_apo.cli.overrides import add_config_arguments, composed
 from nemo_apo.compose.hf_model import check_checkpoint
-from nemo_apo.config import Config, ConfigError, RunConfig, require, validate
+from nemo_apo.config import Config, ConfigError, RunConfig, check_task_data, require, validate
 from nemo_apo.grading import GradingBroken
 from nemo_apo.grading.service import check_grader
 from nemo_apo.planning.memory import gigabytes
@@ -52,6 +52,9 @@ def main(arguments: argparse.Namespace) -> None:
             print(plan(config, ranks))
         return
     require_transformer_impl(config)
+    for line in check_task_data(config):
+        if first:
+            print(line, flush=True)
     ignore_fallback_warnings()
     _require_packages_of(config.run)
     from nemo_apo.trainer.loop import run

@@ -46,7 +46,7 @@ from nemo_apo.trainer.shard_files import read_shards
 
 STATE_FILE = "trainer_state.json"
 ROLLOUT_FILE = "rollout.safetensors"
-_FORMAT = 4
+_FORMAT = 5
 # What the layers are made of, in what the manifest says about the layout.
 _IMPL = "transformer_impl"
 # Keys of the state file where there is a rollout.

@@ -13,9 +13,12 @@ VOCABULARY, PROMPTS, SEED = "task.vocab_size", "task.prompts_sha256", "run.seed"
 _NEVER = ("model.", VOCABULARY, SEED)
 # Where only some keys of a section decide what data means; the others are limits.
 _MEANING = {"grading": ("grader", "tolerance")}
-# Where a checkpoint's first weights came from decides nothing once they are in it; what their
-# layers were made of stands in its manifest.
-_WITHOUT = {"model": {"path", "transformer_impl"}}
+# Where first weights, data and tokenizer are read from: what they are stands in the checkpoint, and
+# the digest of the prompts says what the data is. What layers are made of stands in its manifest.
+_PLACES = {
+    "model": ("path", "transformer_impl"),
+    "task": ("tokenizer", "chat_template", "path", "test_path"),
+}
 
 
 def fixed_values(config: Config) -> dict[str, Any]:
@@ -54,8 +57,8 @@ def _as_read(values: Mapping[str, Any]) -> dict[str, Any]:
 def meaning(section: str, settings: Any) -> dict[str, Any]:
     """The values of a section, a dataclass, without those that decide nothing that is learned."""
     values = dataclasses.asdict(settings)
-    kept = _MEANING.get(section, values)
-    return {key: values[key] for key in kept if key not in _WITHOUT.get(section, ())}
+    places = _PLACES.get(section, ())
+    return {key: values[key] for key in _MEANING.get(section, values) if key not in places}
 
 
 def fingerprint(values: Mapping[str, Any]) -> str:

@@ -22,6 +22,7 @@ from nemo_apo.core.alpha_schedule import ScheduleState
 from nemo_apo.core.diagnostics import DiagnosticsState, Finding, observe
 from nemo_apo.parallel.gather import all_gather_objects
 from nemo_apo.parallel.layout import Layout
+from nemo_apo.record import KeptGroup
 from nemo_apo.step_metrics import step_figures
 from nemo_apo.trainer import checkpoint
 from nemo_apo.trainer.anchors import RememberedWeights
@@ -44,6 +45,7 @@ from nemo_apo.trainer.run_folder import (
     on_first_or_stop,
     prepare_folder,
 )
+from nemo_apo.trainer.same_data import check_same_data
 from nemo_apo.trainer.summary import summarize, write_summary
 from nemo_apo.trainer.versions import versions_of
 from nemo_apo.trainer.warm_start import run_warm_start
@@ -82,8 +84,9 @@ def run(config: Config) -> None:
         ConfigError: if the folder holds a run and ``run.if_exists`` is "error", or "resume" and
             its checkpoint is missing or belongs to another configuration; or if the weights to
             start from are not there. Nothing is changed then.
-        TrainingStopped: after too many skipped optimizer steps in a row, if sampler and trainer
-            disagree beyond ``update.max_sampler_mismatch``, or if a checkpoint cannot be written.
+        TrainingStopped: if ranks have read different data, after too many skipped optimizer steps
+            in a row, if sampler and trainer disagree beyond ``update.max_sampler_mismatch``, or if
+            a checkpoint cannot be written.
         RanksLost: if some ranks no longer answer; it names them, and the groups stay as they are.
         StoppedEarly: on all ranks, after a signal or ``run.max_time``; what was done is saved.
     """
@@ -92,6 +95,7 @@ def run(config: Config) -> None:
     check_folder(folder, config.run.if_exists)
     check_weights(folder, config)
     with ranks(config) as (layout, stop):
+        check_same_data(config.task)
         prepare_folder(folder, config)
         with _view(config, layout) as view:
             _Run(config, layout, folder, view, stop).train()
@@ -114,7 +118,8 @@ def build_policy(config: Config, layout: Layout, weights_follow: bool = False) -
         config.rollout.temperature,
         config.run.seed,
         config.parallel,
-        weights_follow,
+        sampling_ranks=config.rollout.tensor_model_parallel_size,
+        weights_follow=weights_follow,
     )
     policy.engine = ENGINES[config.rollout.engine](policy, config)
     return policy
@@ -236,7 +241,7 @@ class _Run:
             metrics = {**outcome.metrics, record.SAMPLES: float(state.samples)}
             if state.step % config.evaluation.every == 0 or state.step == config.run.steps:
                 metrics |= evaluate(self.policy, config, self.task).metrics()
-            self._publish(log, state.step, metrics, findings)
+            self._publish(log, state.step, metrics, findings, outcome.kept)
             self._stop_if_useless(state, outcome)
             if self._saves_at(state.step):
                 self._save(state, remembered, metrics)
@@ -289,10 +294,11 @@ class _Run:
         step: int,
         metrics: dict[str, float],
         findings: list[Finding],
+        kept: tuple[KeptGroup, ...] = (),
     ) -> None:
         def write() -> None:
             assert log is not None
-            log.write(step, metrics, findings)
+            log.write(step, metrics, findings, kept)
 
         on_first_or_stop(write)
         self._published = metrics

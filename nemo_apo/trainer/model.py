@@ -22,7 +22,7 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from nemo_apo.config import LOCAL, ModelConfig, OptimizerConfig, ParallelConfig
-from nemo_apo.parallel.layout import Layout
+from nemo_apo.parallel.layout import Layout, copy_groups
 from nemo_apo.parallel.step import plain_sum
 from nemo_apo.trainer.layer_specs import block_spec
 
@@ -223,16 +223,18 @@ def build_replica(
     layout: Layout,
     vocab_size: int,
     max_sequence_length: int,
-    groups: ProcessGroupCollection,
+    tensor_size: int,
     initialize: bool = True,
 ) -> HiddenStateGPT:
-    """The whole model on this rank alone, in evaluation mode and without gradients.
+    """The whole model on ``tensor_size`` ranks, in evaluation mode and without gradients.
 
     Its layers are megatron's own, whose attention reads the sampler's masks. ``initialize`` as in
     ``build_training_model``.
     """
     model = replace(model, transformer_impl=LOCAL)
-    config = transformer_config(model, layout, ParallelConfig(), initialize)
+    groups = copy_groups(tensor_size)
+    parallel = ParallelConfig(tensor_model_parallel_size=tensor_size)
+    config = transformer_config(model, layout, parallel, initialize)
     gpt = _build(model, config, layout, vocab_size, max_sequence_length, (True, True), groups)
     return gpt.eval().requires_grad_(False)
 

@@ -29,7 +29,7 @@ from nemo_apo.parallel.gather import (
     first_not_finite,
     sum_over,
 )
-from nemo_apo.parallel.layout import Layout, single_rank_groups
+from nemo_apo.parallel.layout import Layout
 from nemo_apo.parallel.logprobs import linear_logprobs
 from nemo_apo.parallel.step import (
     LossFunction,
@@ -46,6 +46,7 @@ from nemo_apo.trainer.model import (
     build_replica,
     build_training_model,
 )
+from nemo_apo.trainer.offload import offloaded
 from nemo_apo.trainer.sharing import Share, share_of
 from nemo_apo.trainer.transformer_impl import chosen_impl
 
@@ -75,6 +76,7 @@ class Policy:
         temperature: sampling temperature; log-probs are those of the tempered policy.
         transformer_impl: what its layers are made of, "local" or "transformer_engine".
         engine: completes prompts with its weights; set by whoever builds the policy.
+        sampling_ranks: over how many ranks the model that samples is split, by tensor parallelism.
     """
 
     engine: RolloutEngine
@@ -89,6 +91,7 @@ class Policy:
         temperature: float,
         seed: int,
         parallel: ParallelConfig,
+        sampling_ranks: int = 1,
         weights_follow: bool = False,
     ) -> None:
         """Build the model with its initial weights: random ones, or those at ``model.path``.
@@ -100,6 +103,7 @@ class Policy:
             max_sequence_length: longest prompt and completion, tokens.
             temperature: of sampling.
             seed: of random weights.
+            sampling_ranks: over how many ranks the model that samples is split.
             weights_follow: the caller loads other weights before any is used, so that those at
                 ``model.path`` need not be there any more.
 
@@ -110,6 +114,7 @@ class Policy:
         self.layout = layout
         self.vocab_size = vocab_size
         self.temperature = temperature
+        self.sampling_ranks = sampling_ranks
         # Every rank must hold equally many tokens of a sequence, in equal parts.
         self._width_multiple = 2 * layout.context_size if layout.context_size > 1 else 1
         if parallel.sequence_parallel:
@@ -125,13 +130,12 @@ class Policy:
         modules = [chunk.module for chunk in self.chunks]
         self.stage = modules[0] if len(modules) == 1 else Stage(modules)
         self._replica: GPTModel | None = None
-        self._refitted = self.stage
-        if self.transformer_impl != LOCAL:
-            self._refitted = LocalNames(self.stage)
-        if layout.is_model_parallel or self.transformer_impl != LOCAL:
+        is_local = self.transformer_impl == LOCAL
+        self._refitted = self.stage if is_local else LocalNames(self.stage)
+        if not is_local or _needs_replica(layout, parallel, sampling_ranks):
             torch.manual_seed(seed)
             self._replica = build_replica(
-                model, layout, padded, max_sequence_length, single_rank_groups(), initialize
+                model, layout, padded, max_sequence_length, sampling_ranks, initialize
             )
         if model.path is None:
             self._take_weights_of_replica()
@@ -165,6 +169,10 @@ class Policy:
             return self.stage
         swap_model_weights(self._refitted, self._replica, self._refit_backend)
         return self._replica
+
+    def offloaded(self) -> contextlib.AbstractContextManager[None]:
+        """Without the memory that only training needs; entered between optimizer steps."""
+        return offloaded(self.chunks, self.optimizer)
 
     def parameters(self) -> list[torch.nn.Parameter]:
         """Parameters of this rank's stage, in a fixed order."""
@@ -292,6 +300,13 @@ class Policy:
         totals = sum_over(totals, self.layout.token_group)
         totals = broadcast_from_last(totals, self.layout.pipeline_group)
         return dict(zip(names, totals.cpu(), strict=True))
+
+
+def _needs_replica(layout: Layout, parallel: ParallelConfig, sampling_ranks: int) -> bool:
+    """Whether the model that samples is laid out unlike the one under training."""
+    stages = layout.pipeline_size * layout.context_size
+    like = (stages, layout.tensor_size) == (1, sampling_ranks)
+    return not like or parallel.sequence_parallel
 
 
 @contextlib.contextmanager

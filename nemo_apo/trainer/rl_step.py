@@ -32,6 +32,7 @@ from nemo_apo.core.settling import (
     schedule_alpha,
     settle,
 )
+from nemo_apo.record import KeptGroup
 from nemo_apo.step_metrics import (
     Stopwatch,
     Tally,
@@ -72,6 +73,7 @@ class StepOutcome:
         not_finite: what was not finite in the last of those skipped here, if any were.
         mismatch: why nothing was trained: sampler and trainer disagree beyond
             ``update.max_sampler_mismatch``; None if they do not.
+        kept: groups for ``samples.jsonl``.
     """
 
     schedule_state: ScheduleState
@@ -82,6 +84,7 @@ class StepOutcome:
     metrics: dict[str, float]
     not_finite: str | None = None
     mismatch: str | None = None
+    kept: tuple[KeptGroup, ...] = ()
 
 
 class StoppedInRollout(Exception):
@@ -157,13 +160,20 @@ class RLStep:
             metrics,
             tally.last_skip,
             mismatch,
+            rollout.kept,
         )
 
     def _begin(self, step: int, state: ScheduleState, tally: Tally) -> PendingRollout:
         """Draw a rollout, read its log-probs, weigh it and step the schedule."""
         drawn, watch = self.source.draw(step), Stopwatch()
         pending = PendingRollout(
-            drawn.rollouts, state, drawn.samples, dict(drawn.metrics), tally, watch=watch
+            drawn.rollouts,
+            state,
+            drawn.samples,
+            dict(drawn.metrics),
+            tally,
+            watch=watch,
+            kept=drawn.kept,
         )
         if drawn.rollouts.count == 0:
             return pending

@@ -15,6 +15,7 @@ from nemo_apo.trainer.durable_files import make_folders, replace_text
 _FILES = (
     record.CONFIG_FILE,
     record.METRICS_FILE,
+    record.SAMPLES_FILE,
     record.SUMMARY_FILE,
     record.REPORT_HTML,
     record.REPORT_PNG,

@@ -147,7 +147,7 @@ def test_a_checkpoint_of_another_format_is_refused(
             load(tmp_path, training, tiny_config())
         return str(info.value)
 
-    assert "has format 99, expected 4" in run_ranks(1, work)[0]
+    assert "has format 99, expected 5" in run_ranks(1, work)[0]
 
 
 def test_weights_alone_cannot_be_resumed(tmp_path: Path) -> None:

@@ -54,11 +54,12 @@ def test_with_as_many_samples_as_k_the_figures_are_shares_of_the_same_samples() 
     def work() -> None:
         training = begin(config)
         got = evaluate(training.policy, config, config.task).metrics()
-        task, model = config.task, training.policy.refit_sampler()
+        task, model = config.task, training.policy.stage
         prompts = task.test_prompts(12)
         samples = [prompt for prompt in prompts[:7] for _ in range(3)]
         draws = uniforms(config.run.seed, "pass@k", 21, task.max_response_length)
-        sampling = Sampling.of(task, config.rollout.temperature, 16)
+        temperature = config.rollout.temperature
+        sampling = Sampling.of(task, task.vocab_size, temperature, micro_batch_size=16)
         greedy = generate(model, prompts, None, sampling)
         sampled = generate(model, samples, draws, sampling)
         solved = [task.solved(prompt, greedy.row(row)) for row, prompt in enumerate(prompts)]

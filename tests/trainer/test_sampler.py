@@ -38,7 +38,7 @@ def mixed_prompts(count: int) -> list[Prompt]:
 def sample(
     model: Any, prompts: list[Prompt], draws: Tensor | None, temperature: float, batch: int
 ) -> Completions:
-    return generate(model, prompts, draws, Sampling.of(TASK, temperature, batch))
+    return generate(model, prompts, draws, Sampling.of(TASK, VOCAB, temperature, batch))
 
 
 def trainers_sums(policy: Policy, prompts: list[Prompt], completions: Completions) -> Tensor:

@@ -18,7 +18,7 @@ class Sampling:
     """How completions are drawn and where they end.
 
     Attributes:
-        vocab_size: the unpadded vocabulary; no other token is ever drawn.
+        vocab_size: the model's unpadded vocabulary; no other token is ever drawn.
         end_id, pad_id: token ids.
         max_response_length: R.
         temperature: divides the logits; greedy decoding ignores it.
@@ -37,10 +37,12 @@ class Sampling:
     text: Callable[[list[int]], str]
 
     @classmethod
-    def of(cls, task: Task, temperature: float, micro_batch_size: int) -> "Sampling":
-        """That of a task."""
+    def of(
+        cls, task: Task, vocab_size: int, temperature: float, micro_batch_size: int
+    ) -> "Sampling":
+        """That of a task, by a model of ``vocab_size`` tokens."""
         return cls(
-            vocab_size=task.vocab_size,
+            vocab_size=vocab_size,
             end_id=task.end_id,
             pad_id=task.pad_id,
             max_response_length=task.max_response_length,

@@ -14,15 +14,15 @@ from nemo_apo.trainer.sampler import generate
 
 
 class StaticEngine:
-    """Every rank completes its prompts alone, on the trained weights or on a whole copy of them.
+    """Completes prompts on the trained weights, or on a whole copy of them.
 
-    Its memory is the policy's: there is nothing to wake or to put to sleep.
+    The copy is split over ``rollout.tensor_model_parallel_size`` ranks, 1 by default. Its memory is
+    the policy's: there is nothing to wake or to put to sleep.
     """
-
-    ranks_per_copy = 1
 
     def __init__(self, policy: Policy, config: Config) -> None:
         self._policy = policy
+        self.ranks_per_copy = policy.sampling_ranks
         self._model: GPTModel | None = None
 
     def wake(self) -> None:

@@ -26,7 +26,9 @@ def spelled(tokens: list[int]) -> str:
 def counted_down(stop_strings: tuple[str, ...], greedy: bool, batch: int) -> Completions:
     """Completions of a model that counts down from the prompt's last token to the end, token 1."""
     prompts = [Prompt(str(last), (9, 9, last)) for last in (2, 4, 7, 8, 10)]
-    sampling = replace(Sampling.of(TASK, 1.0, batch), text=spelled, stop_strings=stop_strings)
+    sampling = replace(
+        Sampling.of(TASK, TASK.vocab_size, 1.0, batch), text=spelled, stop_strings=stop_strings
+    )
     draws = None if greedy else uniforms(0, "counting", len(prompts), TASK.max_response_length)
     return generate(CountingDown(), prompts, draws, sampling)
 
@@ -57,7 +59,7 @@ def test_the_last_token_may_bring_it() -> None:
 
 
 def test_the_text_is_asked_for_only_where_there_are_stop_strings() -> None:
-    sampling = Sampling.of(TASK, 1.0, 5)
+    sampling = Sampling.of(TASK, TASK.vocab_size, 1.0, 5)
     assert sampling.stop_strings == ()
 
     def never(tokens: list[int]) -> str:
