@@ -33,6 +33,8 @@ CONSOLES = ("auto", "plain", "off")
 BACKENDS = ("auto", "gloo", "nccl")
 PARAMS_DTYPES = ("float32", "bfloat16")
 RECOMPUTE = ("none", "selective", "full")
+LOCAL, TRANSFORMER_ENGINE = "local", "transformer_engine"
+TRANSFORMER_IMPLS = (LOCAL, TRANSFORMER_ENGINE, "auto")
 # The keys of ``nemo_apo.trainer.engines.ENGINES``.
 ROLLOUT_ENGINES = ("static", "vllm")
 LR_DECAY_STYLES = ("constant", "linear", "cosine")
@@ -161,6 +163,8 @@ class ModelConfig:
         layernorm_epsilon: RMSNorm epsilon.
         tied_embeddings: one matrix for input embedding and output projection.
         params_dtype: "float32", or "bfloat16" with float32 main weights and gradients.
+        transformer_impl: what the layers are made of: "local" (megatron's own modules),
+            "transformer_engine", or "auto" (that one where it is installed, on GPUs, in bfloat16).
         init_method_std: standard deviation of initial weights.
         make_vocab_size_divisible_by: the vocabulary is padded to a multiple of this, whatever the
             layout; padded rows never enter a log-prob, an entropy or a sample.
@@ -181,6 +185,7 @@ class ModelConfig:
     layernorm_epsilon: float = 1e-6
     tied_embeddings: bool = False
     params_dtype: str = "float32"
+    transformer_impl: str = LOCAL
     init_method_std: float = 0.07
     make_vocab_size_divisible_by: int = 8
 
@@ -532,6 +537,11 @@ def _check_model(model: ModelConfig) -> None:
     )
     _positive("model", model, "layernorm_epsilon", "init_method_std")
     _one_of("model.params_dtype", model.params_dtype, PARAMS_DTYPES)
+    impl = model.transformer_impl
+    _one_of("model.transformer_impl", impl, TRANSFORMER_IMPLS)
+    rule = f"needs model.params_dtype=bfloat16, not {model.params_dtype}"
+    fits = impl != TRANSFORMER_ENGINE or model.params_dtype == "bfloat16"
+    require(fits, "model.transformer_impl", impl, rule)
 
 
 def _check_vocabulary(config: Config) -> None:

@@ -52,6 +52,7 @@ def main(arguments: argparse.Namespace) -> None:
             print(plan(config, ranks), flush=True)
         validate(config, ranks)
         check_checkpoint(config)
+    require_transformer_impl(config)
     for line in check_task_data(config):
         if first:
             print(line, flush=True)
@@ -118,6 +119,16 @@ def _check_memory(config: Config, ranks: int, available: int | None) -> None:
         "model, smaller micro-batches or parallel.recompute need less (nemo-apo plan), and "
         "run.check_memory=false tries it all the same",
     )
+
+
+def require_transformer_impl(config: Config) -> None:
+    """Raise ``ConfigError`` for transformer layers that cannot run on this machine."""
+    import torch
+
+    from nemo_apo.trainer.transformer_impl import chosen_impl
+
+    on_gpu = config.parallel.backend != "gloo" and torch.cuda.is_available()
+    chosen_impl(config.model, on_gpu)
 
 
 def require_grader(config: Config) -> None:
