@@ -13,7 +13,7 @@ from nemo_apo.cli.train import (
     world_size,
 )
 from nemo_apo.compose import compose
-from nemo_apo.config import Config, ConfigError, require, validate
+from nemo_apo.config import Config, ConfigError, check_task_data, require, validate
 from nemo_apo.record import CHECKPOINT_DIR, CONFIG_FILE
 from nemo_apo.trainer.durable_files import replace_text
 from nemo_apo.trainer.sealed_folder import MANIFEST_FILE
@@ -48,6 +48,7 @@ def main(arguments: argparse.Namespace) -> None:
     folder, overrides = _split(arguments.overrides)
     config = compose(overrides, _config_file(arguments.config, folder), arguments.config_dir)
     validate(config, world_size())
+    check_task_data(config)
     require_packages({"megatron": "trainer"})
     ignore_fallback_warnings()
     weights = _weights(config, folder, arguments.checkpoint)
