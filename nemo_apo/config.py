@@ -33,8 +33,10 @@ CONSOLES = ("auto", "plain", "off")
 BACKENDS = ("auto", "gloo", "nccl")
 PARAMS_DTYPES = ("float32", "bfloat16")
 RECOMPUTE = ("none", "selective", "full")
+LOCAL, TRANSFORMER_ENGINE = "local", "transformer_engine"
+TRANSFORMER_IMPLS = (LOCAL, TRANSFORMER_ENGINE, "auto")
 # The keys of ``nemo_apo.trainer.engines.ENGINES``.
-ROLLOUT_ENGINES = ("static",)
+ROLLOUT_ENGINES = ("static", "vllm")
 LR_DECAY_STYLES = ("constant", "linear", "cosine")
 # Sections that a checkpoint is tied to, unless run.allow_changed names them.
 ALLOWED_CHANGES = (
@@ -161,6 +163,8 @@ class ModelConfig:
         layernorm_epsilon: RMSNorm epsilon.
         tied_embeddings: one matrix for input embedding and output projection.
         params_dtype: "float32", or "bfloat16" with float32 main weights and gradients.
+        transformer_impl: what the layers are made of: "local" (megatron's own modules),
+            "transformer_engine", or "auto" (that one where it is installed, on GPUs, in bfloat16).
         init_method_std: standard deviation of initial weights.
         make_vocab_size_divisible_by: the vocabulary is padded to a multiple of this, whatever the
             layout; padded rows never enter a log-prob, an entropy or a sample.
@@ -181,6 +185,7 @@ class ModelConfig:
     layernorm_epsilon: float = 1e-6
     tied_embeddings: bool = False
     params_dtype: str = "float32"
+    transformer_impl: str = LOCAL
     init_method_std: float = 0.07
     make_vocab_size_divisible_by: int = 8
 
@@ -233,14 +238,16 @@ class RolloutConfig:
     """Sampling of one RL step.
 
     Attributes:
-        engine: what completes the prompts: "static" (the trainer's own model).
+        engine: what completes the prompts: "static" (the trainer's own model), or "vllm" (the
+            ``vllm`` extra, on GPUs only, of the checkpoint at ``model.path``).
+        gpu_memory_utilization: share of a GPU's memory that vLLM may take.
         prompts: prompts per rollout (groups).
         group_size: completions per prompt, P.
         temperature: of sampling; log-probs are those of the tempered policy throughout.
         top_k, top_p: not supported (they cut the policy's support); 0 and 1 mean off.
         resample: extra rounds of prompts drawn to replace groups without signal; 0 is off.
         micro_batch_size: sequences generated at once on a rank.
-        tensor_model_parallel_size: ranks that share the model that samples ("static"); it is the
+        tensor_model_parallel_size: ranks that share the model that samples; with "static" it is the
             trained one itself where that is laid out so, else a copy that is refitted.
         offload: keep gradients, moments and main weights out of the GPU's memory while completions
             are generated; on GPUs only.
@@ -250,6 +257,7 @@ class RolloutConfig:
     """
 
     engine: str = "static"
+    gpu_memory_utilization: float = 0.5
     prompts: int = 32
     group_size: int = 8
     temperature: float = 1.0
@@ -390,9 +398,20 @@ def padded_vocab_size(vocab_size: int, model: ModelConfig) -> int:
 
 
 def vocab_size(config: Config) -> int:
-    """Tokens that the model knows, without padding: its own vocabulary, else the task's."""
+    """Tokens that the model knows, without padding: its own vocabulary, else the task's.
+
+    Raises:
+        ConfigError: if the task's tokenizer cannot be read.
+    """
     own = config.model.vocab_size
-    return config.task.vocab_size if own is None else own
+    return _task_vocabulary(config.task) if own is None else own
+
+
+def _task_vocabulary(task: Task) -> int:
+    try:
+        return task.vocab_size
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def unread_sections(objective: Objective) -> set[str]:
@@ -405,26 +424,28 @@ def unread_sections(objective: Objective) -> set[str]:
     return unread
 
 
-def validate(config: Config, world_size: int) -> None:
+def validate(config: Config, world_size: int, reads_files: bool = True) -> None:
     """Check every rule that the sections do not check themselves.
 
     Args:
         config: the typed configuration.
         world_size: number of ranks that will run it.
+        reads_files: whether what a tokenizer says is checked, too.
 
     Raises:
         ConfigError: naming key, value and rule.
     """
     _check_run(config.run)
-    _check_task(config.task)
     _check_model(config.model)
-    _check_vocabulary(config)
+    if reads_files:
+        _check_vocabulary(config)
     _check_layout(config, world_size)
     _check_keeping(config)
     _check_anchor(config.anchor)
     _check_grading(config.grading, config.parallel)
     _check_shaping(config.shaping, config.task)
     _check_rollout(config.rollout)
+    _check_engine(config)
     _check_sampling_ranks(config, world_size)
     _check_update(config.update, config.rollout)
     _check_optimizer(config.optimizer)
@@ -493,14 +514,6 @@ def _check_run(run: RunConfig) -> None:
             raise ConfigError(f"run.max_time={run.max_time}: {error}") from None
 
 
-def _check_task(task: Task) -> None:
-    """Read what needs no data set: a tokenizer, where there is one."""
-    try:
-        task.vocab_size  # noqa: B018
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-
-
 def _check_model(model: ModelConfig) -> None:
     _at_least(
         "model",
@@ -524,11 +537,16 @@ def _check_model(model: ModelConfig) -> None:
     )
     _positive("model", model, "layernorm_epsilon", "init_method_std")
     _one_of("model.params_dtype", model.params_dtype, PARAMS_DTYPES)
+    impl = model.transformer_impl
+    _one_of("model.transformer_impl", impl, TRANSFORMER_IMPLS)
+    rule = f"needs model.params_dtype=bfloat16, not {model.params_dtype}"
+    fits = impl != TRANSFORMER_ENGINE or model.params_dtype == "bfloat16"
+    require(fits, "model.transformer_impl", impl, rule)
 
 
 def _check_vocabulary(config: Config) -> None:
     model, task = config.model, config.task
-    own, needed = model.vocab_size, task.vocab_size
+    own, needed = model.vocab_size, _task_vocabulary(task)
     rule = f"must be at least the {needed} tokens of task={task.name}"
     require(own is None or own >= needed, "model.vocab_size", own, rule)
 
@@ -668,6 +686,22 @@ def _check_rollout(rollout: RolloutConfig) -> None:
     require(rollout.top_p == 1.0, "rollout.top_p", rollout.top_p, cut + "must be 1")
     cap, rule = rollout.importance_cap, "must be at least 1 and finite, or null for no correction"
     require(cap is None or 1.0 <= cap < math.inf, "rollout.importance_cap", cap, rule)
+
+
+def _check_engine(config: Config) -> None:
+    rollout, key = config.rollout, "rollout.gpu_memory_utilization"
+    share, unset = rollout.gpu_memory_utilization, RolloutConfig.gpu_memory_utilization
+    require(0.0 < share < 1.0, key, share, "must lie in (0, 1)")
+    if rollout.engine != "vllm":
+        rule = f"is of the vllm engine alone (rollout.engine={rollout.engine})"
+        require(share == unset, key, share, rule)
+        return
+    key, path = "rollout.engine", config.model.path
+    rule = "needs model.path: it builds its model by the checkpoint's config.json"
+    require(path is not None, key, rollout.engine, rule)
+    rule = "needs update.max_sampler_mismatch (such as 0.05): other code than the trainer's "
+    rule += "computes its log-probs, and a run must end where they are not the trainer's"
+    require(config.update.max_sampler_mismatch is not None, key, rollout.engine, rule)
 
 
 def _check_sampling_ranks(config: Config, world_size: int) -> None:

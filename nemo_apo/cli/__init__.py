@@ -18,6 +18,7 @@ from nemo_apo import __version__
 from nemo_apo.cli import bench as bench_command
 from nemo_apo.cli import config as config_command
 from nemo_apo.cli import eval as eval_command
+from nemo_apo.cli import export as export_command
 from nemo_apo.cli import plan as plan_command
 from nemo_apo.cli import report as report_command
 from nemo_apo.cli import results as results_command
@@ -89,6 +90,15 @@ COMMANDS: dict[str, Command] = {
         ),
         add_arguments=config_command.add_arguments,
         main=config_command.main,
+    ),
+    "export": Command(
+        summary="write a run's weights as a folder that Hugging Face's transformers loads",
+        examples=(
+            "nemo-apo export runs/mine exported/mine         the newest whole checkpoint",
+            "nemo-apo export runs/mine/checkpoints/step_000040 exported/step40 --dtype float32",
+        ),
+        add_arguments=export_command.add_arguments,
+        main=export_command.main,
     ),
     "plan": Command(
         summary="memory and communication per GPU of a layout, on paper, or the smallest that fits",

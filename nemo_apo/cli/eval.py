@@ -10,6 +10,7 @@ from nemo_apo.cli.train import (
     ignore_fallback_warnings,
     require_grader,
     require_packages,
+    require_transformer_impl,
     world_size,
 )
 from nemo_apo.compose import compose
@@ -50,9 +51,11 @@ def main(arguments: argparse.Namespace) -> None:
     validate(config, world_size())
     check_task_data(config)
     require_packages({"megatron": "trainer"})
+    require_transformer_impl(config)
     ignore_fallback_warnings()
     weights = _weights(config, folder, arguments.checkpoint)
     require_grader(config)
+    check_task_data(config)
     from nemo_apo.cli.eval_output import as_json, sample_lines, table
     from nemo_apo.trainer.evaluated_weights import evaluate_weights
 

@@ -199,6 +199,14 @@ PANELS: tuple[Panel, ...] = (
         "the ratios are of the wrong policy.",
         (0.0, None),
     ),
+    Panel(
+        "Importance correction",
+        (record.IMPORTANCE_WEIGHT, record.IMPORTANCE_CAPPED_SHARE),
+        "weight, share of tokens",
+        "Mean weight of a token's gradient against the sampler's mismatch, 1 where there is none, "
+        "and the share of tokens whose weight is cut off at the cap.",
+        (0.0, None),
+    ),
 )
 
 

@@ -10,6 +10,7 @@ from nemo_apo.config import Config, ConfigError
 from nemo_apo.parallel.layout import Layout
 from nemo_apo.trainer import checkpoint
 from nemo_apo.trainer.checkpoint_search import CheckpointError, checkpoint_folders, order, verify
+from nemo_apo.trainer.engines.by_name import check_engine
 from nemo_apo.trainer.evaluation import Evaluation, figures
 from nemo_apo.trainer.examination import Examination, examine
 from nemo_apo.trainer.loop import build_policy, set_threads
@@ -91,12 +92,14 @@ def evaluate_weights(config: Config, folder: Path | None) -> Evaluated:
         folder: a checkpoint in any layout, whole or weights alone.
 
     Raises:
+        ConfigError: if the rollout engine cannot run here.
         CheckpointError: on all ranks, if it is damaged or of another model.
         GradingBroken: on all ranks, if one of them has no worker.
         RanksLost: if some ranks no longer answer.
         StoppedEarly: on all ranks, after a signal or ``run.max_time``.
     """
     set_threads(config.run)
+    check_engine(config)
     with ranks(config) as (layout, stop):
         load = config.warm_start.load
         policy = build_policy(config, layout, weights_follow=bool(folder or load))

@@ -30,7 +30,7 @@ from nemo_apo.trainer.checkpoint import TrainerState
 from nemo_apo.trainer.checkpoint_search import newest_verified, set_aside
 from nemo_apo.trainer.checkpoint_write import SaveFailed
 from nemo_apo.trainer.durable_files import replace_text
-from nemo_apo.trainer.engines.by_name import ENGINES
+from nemo_apo.trainer.engines.by_name import ENGINES, check_engine
 from nemo_apo.trainer.evaluation import evaluate
 from nemo_apo.trainer.interruption import StopCheck, StoppedEarly, check_stop
 from nemo_apo.trainer.metrics import MetricsLog
@@ -82,8 +82,8 @@ def run(config: Config) -> None:
 
     Raises:
         ConfigError: if the folder holds a run and ``run.if_exists`` is "error", or "resume" and
-            its checkpoint is missing or belongs to another configuration; or if the weights to
-            start from are not there. Nothing is changed then.
+            its checkpoint is missing or belongs to another configuration; if the weights to start
+            from are not there; or if the rollout engine cannot run here. Nothing is changed then.
         TrainingStopped: if ranks have read different data, after too many skipped optimizer steps
             in a row, if sampler and trainer disagree beyond ``update.max_sampler_mismatch``, or if
             a checkpoint cannot be written.
@@ -94,6 +94,7 @@ def run(config: Config) -> None:
     set_threads(config.run)
     check_folder(folder, config.run.if_exists)
     check_weights(folder, config)
+    check_engine(config)
     with ranks(config) as (layout, stop):
         check_same_data(config.task)
         prepare_folder(folder, config)

@@ -34,6 +34,10 @@ class Completions:
     logprobs_NR: Tensor
     logprob_sums_N: Tensor
 
+    def to(self, device: torch.device) -> "Completions":
+        """The same on a device."""
+        return Completions(**{name: value.to(device) for name, value in vars(self).items()})
+
     def row(self, index: int) -> list[int]:
         """One completion as a list of token ids."""
         return self.tokens_NR[index, : int(self.lengths_N[index])].tolist()
