@@ -1,5 +1,6 @@
 """Tasks from data sets, by the real ``datasets`` library on tiny files: what is kept and why."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -19,6 +20,9 @@ import datasets
 from nemo_apo import cli
 from nemo_apo.compose import compose
 from nemo_apo.config import Config, ConfigError, EvaluationConfig, check_task_data, validate
+from nemo_apo.grading import GradingSettings, Sample
+from nemo_apo.grading.pool import WorkerPool
+from nemo_apo.grading.settings import Order
 from nemo_apo.tasks import PromptTurn
 from nemo_apo.tasks.curation import (
     CONFLICT,
@@ -568,6 +572,22 @@ def test_graded_by_text(math: MathTask) -> None:
     assert math.grade(prompt, right[:-20]) == 0.0
     assert Config(task=math).grading.grader == "math_verify"
     assert Config().grading.grader == "task"
+
+
+def test_a_grading_worker_needs_neither_data_nor_tokenizer() -> None:
+    task = Gsm8kTask(path="/none.jsonl", tokenizer="/none", stop_strings=("</answer>",))
+    order = Order.of(GradingSettings(grader="numeric", workers=1), task)
+    with contextlib.closing(WorkerPool(order)) as pool:
+        grades = pool.grade([Sample("?", (), "<answer>1005</answer>", (), "1,005")])
+    assert [grade.value for grade in grades] == [1.0]
+
+
+def test_a_task_comes_back_from_its_fields() -> None:
+    """As a worker makes it, from JSON."""
+    task = MathTask(levels=(3, 4), subjects=("Algebra",), stop_strings=("a",))
+    fields = Order.from_bytes(Order.of(GradingSettings(), task).to_bytes()).task_fields
+    assert MathTask(**fields) == task
+    assert hash(MathTask(**fields)) == hash(task)
 
 
 def test_importing_the_tasks_loads_no_library() -> None:
