@@ -33,6 +33,8 @@ CONSOLES = ("auto", "plain", "off")
 BACKENDS = ("auto", "gloo", "nccl")
 PARAMS_DTYPES = ("float32", "bfloat16")
 RECOMPUTE = ("none", "selective", "full")
+LOCAL, TRANSFORMER_ENGINE = "local", "transformer_engine"
+TRANSFORMER_IMPLS = (LOCAL, TRANSFORMER_ENGINE, "auto")
 # The keys of ``nemo_apo.trainer.engines.ENGINES``.
 ROLLOUT_ENGINES = ("static", "vllm")
 LR_DECAY_STYLES = ("constant", "linear", "cosine")
@@ -161,6 +163,8 @@ class ModelConfig:
         layernorm_epsilon: RMSNorm epsilon.
         tied_embeddings: one matrix for input embedding and output projection.
         params_dtype: "float32", or "bfloat16" with float32 main weights and gradients.
+        transformer_impl: what the layers are made of: "local" (megatron's own modules),
+            "transformer_engine", or "auto" (that one where it is installed, on GPUs, in bfloat16).
         init_method_std: standard deviation of initial weights.
         make_vocab_size_divisible_by: the vocabulary is padded to a multiple of this, whatever the
             layout; padded rows never enter a log-prob, an entropy or a sample.
@@ -181,6 +185,7 @@ class ModelConfig:
     layernorm_epsilon: float = 1e-6
     tied_embeddings: bool = False
     params_dtype: str = "float32"
+    transformer_impl: str = LOCAL
     init_method_std: float = 0.07
     make_vocab_size_divisible_by: int = 8
 
@@ -393,9 +398,20 @@ def padded_vocab_size(vocab_size: int, model: ModelConfig) -> int:
 
 
 def vocab_size(config: Config) -> int:
-    """Tokens that the model knows, without padding: its own vocabulary, else the task's."""
+    """Tokens that the model knows, without padding: its own vocabulary, else the task's.
+
+    Raises:
+        ConfigError: if the task's tokenizer cannot be read.
+    """
     own = config.model.vocab_size
-    return config.task.vocab_size if own is None else own
+    return _task_vocabulary(config.task) if own is None else own
+
+
+def _task_vocabulary(task: Task) -> int:
+    try:
+        return task.vocab_size
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def unread_sections(objective: Objective) -> set[str]:
@@ -408,20 +424,21 @@ def unread_sections(objective: Objective) -> set[str]:
     return unread
 
 
-def validate(config: Config, world_size: int) -> None:
+def validate(config: Config, world_size: int, reads_files: bool = True) -> None:
     """Check every rule that the sections do not check themselves.
 
     Args:
         config: the typed configuration.
         world_size: number of ranks that will run it.
+        reads_files: whether what a tokenizer says is checked, too.
 
     Raises:
         ConfigError: naming key, value and rule.
     """
     _check_run(config.run)
-    _check_task(config.task)
     _check_model(config.model)
-    _check_vocabulary(config)
+    if reads_files:
+        _check_vocabulary(config)
     _check_layout(config, world_size)
     _check_keeping(config)
     _check_anchor(config.anchor)
@@ -497,14 +514,6 @@ def _check_run(run: RunConfig) -> None:
             raise ConfigError(f"run.max_time={run.max_time}: {error}") from None
 
 
-def _check_task(task: Task) -> None:
-    """Read what needs no data set: a tokenizer, where there is one."""
-    try:
-        task.vocab_size  # noqa: B018
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-
-
 def _check_model(model: ModelConfig) -> None:
     _at_least(
         "model",
@@ -528,11 +537,16 @@ def _check_model(model: ModelConfig) -> None:
     )
     _positive("model", model, "layernorm_epsilon", "init_method_std")
     _one_of("model.params_dtype", model.params_dtype, PARAMS_DTYPES)
+    impl = model.transformer_impl
+    _one_of("model.transformer_impl", impl, TRANSFORMER_IMPLS)
+    rule = f"needs model.params_dtype=bfloat16, not {model.params_dtype}"
+    fits = impl != TRANSFORMER_ENGINE or model.params_dtype == "bfloat16"
+    require(fits, "model.transformer_impl", impl, rule)
 
 
 def _check_vocabulary(config: Config) -> None:
     model, task = config.model, config.task
-    own, needed = model.vocab_size, task.vocab_size
+    own, needed = model.vocab_size, _task_vocabulary(task)
     rule = f"must be at least the {needed} tokens of task={task.name}"
     require(own is None or own >= needed, "model.vocab_size", own, rule)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from nemo_apo.cli.output_files import require_writable
 from nemo_apo.cli.overrides import add_config_arguments
-from nemo_apo.cli.train import world_size
+from nemo_apo.cli.train import require_transformer_impl, world_size
 from nemo_apo.compose import compose
 from nemo_apo.config import ConfigError, validate
 
@@ -116,6 +116,7 @@ def _step(arguments: argparse.Namespace) -> None:
     )
     config = step.fit(config, request)
     validate(config, world_size())
+    require_transformer_impl(config)
     row, device = step.run(config, request)
     if os.environ.get("RANK", "0") != "0":
         return

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from nemo_apo.compose.hf_model import checkpoint_line
 from nemo_apo.config import Config, vocab_size
 from nemo_apo.planning.run_memory import RunMemory, run_memory
 from nemo_apo.planning.settings import GPU_MEMORY
@@ -30,7 +31,9 @@ def plan(config: Config, world_size: int) -> str:
         "warm start": _warm_start(config),
     }
     width = max(map(len, rows))
-    return "\n".join(f"{label.ljust(width)}  {text}" for label, text in rows.items())
+    lines = [f"{label.ljust(width)}  {text}" for label, text in rows.items()]
+    files = [*checkpoint_line(config), *config.task.check_files()]
+    return "\n".join([*lines, *(f"{'file'.ljust(width)}  {line}" for line in files)])
 
 
 def _folder(config: Config) -> str:

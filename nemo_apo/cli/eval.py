@@ -10,10 +10,11 @@ from nemo_apo.cli.train import (
     ignore_fallback_warnings,
     require_grader,
     require_packages,
+    require_transformer_impl,
     world_size,
 )
 from nemo_apo.compose import compose
-from nemo_apo.config import Config, ConfigError, require, validate
+from nemo_apo.config import Config, ConfigError, check_task_data, require, validate
 from nemo_apo.record import CHECKPOINT_DIR, CONFIG_FILE
 from nemo_apo.trainer.durable_files import replace_text
 from nemo_apo.trainer.sealed_folder import MANIFEST_FILE
@@ -48,10 +49,13 @@ def main(arguments: argparse.Namespace) -> None:
     folder, overrides = _split(arguments.overrides)
     config = compose(overrides, _config_file(arguments.config, folder), arguments.config_dir)
     validate(config, world_size())
+    check_task_data(config)
     require_packages({"megatron": "trainer"})
+    require_transformer_impl(config)
     ignore_fallback_warnings()
     weights = _weights(config, folder, arguments.checkpoint)
     require_grader(config)
+    check_task_data(config)
     from nemo_apo.cli.eval_output import as_json, sample_lines, table
     from nemo_apo.trainer.evaluated_weights import evaluate_weights
 

@@ -41,19 +41,23 @@ def main(arguments: argparse.Namespace) -> None:
     """
     config = composed(arguments)
     ranks = world_size()
-    validate(config, ranks)
+    dry = config.run.dry_run
+    validate(config, ranks, reads_files=not dry)
     require_grader(config)
     if config.run.check_memory:
         _check_memory(config, ranks, gpu_memory(config.parallel.backend))
     first = os.environ.get("RANK", "0") == "0"
-    if config.run.dry_run:
-        check_checkpoint(config)
+    if dry:
         if first:
-            print(plan(config, ranks))
-        return
+            print(plan(config, ranks), flush=True)
+        validate(config, ranks)
+        check_checkpoint(config)
+    require_transformer_impl(config)
     for line in check_task_data(config):
         if first:
             print(line, flush=True)
+    if dry:
+        return
     ignore_fallback_warnings()
     _require_packages_of(config.run)
     from nemo_apo.trainer.loop import run
@@ -115,6 +119,16 @@ def _check_memory(config: Config, ranks: int, available: int | None) -> None:
         "model, smaller micro-batches or parallel.recompute need less (nemo-apo plan), and "
         "run.check_memory=false tries it all the same",
     )
+
+
+def require_transformer_impl(config: Config) -> None:
+    """Raise ``ConfigError`` for transformer layers that cannot run on this machine."""
+    import torch
+
+    from nemo_apo.trainer.transformer_impl import chosen_impl
+
+    on_gpu = config.parallel.backend != "gloo" and torch.cuda.is_available()
+    chosen_impl(config.model, on_gpu)
 
 
 def require_grader(config: Config) -> None:

@@ -22,6 +22,9 @@ _OPTION = "hf"
 def with_checkpoint_shapes(values: Mapping[str, Any]) -> dict[str, Any]:
     """The values of the section, those left open filled in from the checkpoint's ``config.json``.
 
+    A checkpoint that is not there is no mistake as long as nothing is left open: a plan needs none,
+    and training refuses it (``check_checkpoint``).
+
     Raises:
         ConfigError: if the checkpoint is unfit, says otherwise than a value, or is not named where
             something is left open.
@@ -32,6 +35,8 @@ def with_checkpoint_shapes(values: Mapping[str, Any]) -> dict[str, Any]:
         return dict(values)
     if not isinstance(path, str):
         # The schema says what is wrong.
+        return dict(values)
+    if FROM_CHECKPOINT not in values.values() and not Path(path).exists():
         return dict(values)
     try:
         decoder = read_decoder(Path(path))
@@ -48,6 +53,17 @@ def with_checkpoint_shapes(values: Mapping[str, Any]) -> dict[str, Any]:
                 f"{assigned(key, value)} (model={_OPTION} takes over what it has)"
             )
     return filled
+
+
+def checkpoint_line(config: Config) -> list[str]:
+    """As ``Task.check_files``: a line for the checkpoint, none without one."""
+    path = config.model.path
+    if path is None:
+        return []
+    if Path(path).exists():
+        return [f"{path}: checkpoint, found"]
+    bring = "'hf download MODEL --local-dir FOLDER' where there is a network; model.path=FOLDER"
+    return [f"{path}: checkpoint, missing ({bring})"]
 
 
 def _refuse_open(values: Mapping[str, Any]) -> None:

@@ -6,7 +6,7 @@ writing are the same list of pieces, walked in opposite directions.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nemo_apo.hf_checkpoint.decoder import Decoder
 
@@ -209,16 +209,18 @@ def shapes(decoder: Decoder) -> dict[str, tuple[int, ...]]:
 
 
 def targets(decoder: Decoder) -> dict[str, Target]:
-    """``MAPPING`` for every layer of a decoder, without what it does not have."""
-    found = {}
-    for pattern, target in MAPPING.items():
-        if not _has(decoder, pattern):
-            continue
-        layers = range(decoder.num_layers) if "{layer}" in pattern else range(1)
-        for layer in layers:
-            megatron = target.megatron.format(layer=layer)
-            found[pattern.format(layer=layer)] = Target(megatron, target.layout, target.shape)
-    return found
+    """``MAPPING`` for every layer of a decoder in turn, without what it does not have."""
+    own = [pattern for pattern in MAPPING if _has(decoder, pattern)]
+    names = [(pattern, 0) for pattern in own if pattern == EMBEDDING]
+    layered = [pattern for pattern in own if pattern.startswith(_HF)]
+    names += [(pattern, layer) for layer in range(decoder.num_layers) for pattern in layered]
+    names += [(pattern, 0) for pattern in own if pattern not in (EMBEDDING, *layered)]
+    return {
+        pattern.format(layer=layer): replace(
+            MAPPING[pattern], megatron=MAPPING[pattern].megatron.format(layer=layer)
+        )
+        for pattern, layer in names
+    }
 
 
 def _has(decoder: Decoder, pattern: str) -> bool:

@@ -149,7 +149,7 @@ class SortTask:
     def text(self, completion: list[int]) -> str:
         """Digits as such, any other token but the end as ``?``."""
         body = completion[:-1] if completion and completion[-1] == _END else completion
-        return "".join("?" if t < _FIRST_DIGIT else _DIGITS[t - _FIRST_DIGIT] for t in body)
+        return "".join(_DIGITS[t - _FIRST_DIGIT] if _is_digit(t) else "?" for t in body)
 
     def reference(self, prompt: Prompt) -> str:
         return "".join(sorted(prompt.text))
@@ -163,7 +163,7 @@ class SortTask:
         if not completion or completion[-1] != _END:
             return None
         body = completion[:-1]
-        if any(token < _FIRST_DIGIT for token in body):
+        if not all(_is_digit(token) for token in body):
             return None
         return "".join(_DIGITS[token - _FIRST_DIGIT] for token in body)
 
@@ -189,6 +189,11 @@ class SortTask:
         if self.reward == "two_modes" and rng.random() < self.descending_share:
             kept.reverse()
         return [*self.encode("".join(kept)), _END]
+
+
+def _is_digit(token: int) -> bool:
+    """Whether a token is a digit; a model's own vocabulary may go on behind them."""
+    return _FIRST_DIGIT <= token < _FIRST_DIGIT + len(_DIGITS)
 
 
 def is_held_out(digits: str) -> bool:

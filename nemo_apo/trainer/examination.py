@@ -29,7 +29,8 @@ class Answers:
         prompts: the prompts, each repeated for all its completions.
         completions: what the policy said.
         right: whether it is the right answer.
-        rewards: by the grader, NaN where it failed; empty where nothing had to be graded.
+        rewards: by the grader alone, without the terms of shaping; NaN where it failed; empty
+            where nothing had to be graded.
         reasons: why a grade failed, a key of ``nemo_apo.grading.REASONS``, or "".
         votes: its normalised answer, None where it gives none.
     """
@@ -101,7 +102,7 @@ def _judged(
     reasons = [""] * len(prompts)
     if needs_rewards or not by_task:
         graded = grade(policy.layout, grading, task, prompts, completions)
-        rewards, reasons = graded.rewards_N.tolist(), list(graded.reasons)
+        rewards, reasons = graded.correct_N.tolist(), list(graded.reasons)
     if by_task:
         right = [task.solved(prompt, completions.row(row)) for row, prompt in enumerate(prompts)]
     else:

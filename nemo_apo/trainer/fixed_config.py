@@ -14,8 +14,11 @@ _NEVER = ("model.", VOCABULARY, SEED)
 # Where only some keys of a section decide what data means; the others are limits.
 _MEANING = {"grading": ("grader", "tolerance")}
 # Where first weights, data and tokenizer are read from: what they are stands in the checkpoint, and
-# the digest of the prompts says what the data is.
-_PLACES = {"model": ("path",), "task": ("tokenizer", "chat_template", "path", "test_path")}
+# the digest of the prompts says what the data is. What layers are made of stands in its manifest.
+_PLACES = {
+    "model": ("path", "transformer_impl"),
+    "task": ("tokenizer", "chat_template", "path", "test_path"),
+}
 
 
 def fixed_values(config: Config) -> dict[str, Any]:

@@ -27,12 +27,8 @@ from nemo_apo.hf_checkpoint.mapping import (
 from nemo_apo.hf_checkpoint.shards import Shards, open_shards
 from nemo_apo.parallel.layout import Layout
 from nemo_apo.parallel.together import RankError, together
+from nemo_apo.trainer.layer_specs import local_name
 
-# Transformer Engine's layers keep a norm inside the linear layer behind it.
-_FUSED_NORMS = {
-    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
-    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
-}
 _LAYERS = "decoder.layers."
 
 
@@ -109,7 +105,7 @@ def named_weights(module: GPTModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
             yield name, parameter
             continue
         place, _, rest = name.removeprefix(_LAYERS).partition(".")
-        yield f"{_LAYERS}{layers[place]}.{_FUSED_NORMS.get(rest, rest)}", parameter
+        yield local_name(f"{_LAYERS}{layers[place]}.{rest}"), parameter
 
 
 def _by_parameter(decoder: Decoder) -> dict[str, list[tuple[str, Target]]]:

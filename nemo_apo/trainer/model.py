@@ -1,13 +1,13 @@
 """A Qwen-shaped ``GPTModel`` of real megatron-core, its DDP wrapper and its optimizer."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -18,17 +18,13 @@ from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
 )
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
-from megatron.core.transformer import ModuleSpec, TransformerConfig
-from megatron.core.transformer.transformer_block import (
-    TransformerBlockSubmodules,
-    get_num_layers_to_build,
-)
+from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
-from nemo_apo.config import ModelConfig, OptimizerConfig, ParallelConfig
-from nemo_apo.parallel.context import AllGatherAttention
+from nemo_apo.config import LOCAL, ModelConfig, OptimizerConfig, ParallelConfig
 from nemo_apo.parallel.layout import Layout, copy_groups
 from nemo_apo.parallel.step import plain_sum
+from nemo_apo.trainer.layer_specs import block_spec
 
 
 class HiddenStateGPT(GPTModel):
@@ -74,19 +70,6 @@ class Stage(torch.nn.Module):
         if last.post_process:
             self.decoder.final_layernorm = last.decoder.final_layernorm
             self.output_layer = last.output_layer
-
-
-class SequenceParallelRMSNorm(torch.nn.RMSNorm):
-    """RMSNorm of this rank's part of the sequence; megatron sums its gradient over the ranks.
-
-    megatron's wrapper of torch's norm refuses sequence parallelism.
-    """
-
-    def __init__(
-        self, config: TransformerConfig, hidden_size: int, eps: float, **kwargs: Any
-    ) -> None:
-        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
 # megatron's settings of each choice of parallel.recompute.
@@ -150,25 +133,6 @@ def transformer_config(
     )
 
 
-def _layers(
-    model: ModelConfig, config: TransformerConfig, chunk: int | None
-) -> ModuleSpec | TransformerBlockSubmodules:
-    """The layers of a stage or of one of its chunks, by megatron's local spec."""
-    layer = get_gpt_layer_local_spec(qk_layernorm=model.qk_layernorm, normalization="RMSNorm")
-    parts, attention = layer.submodules, layer.submodules.self_attention.submodules
-    if config.context_parallel_size > 1:
-        attention.core_attention = AllGatherAttention
-    if not config.sequence_parallel:
-        return layer
-    parts.input_layernorm = parts.pre_mlp_layernorm = SequenceParallelRMSNorm
-    if model.qk_layernorm:
-        attention.q_layernorm = attention.k_layernorm = SequenceParallelRMSNorm
-    return TransformerBlockSubmodules(
-        layer_specs=[layer] * get_num_layers_to_build(config, vp_stage=chunk),
-        layer_norm=SequenceParallelRMSNorm,
-    )
-
-
 def _build(
     model: ModelConfig,
     config: TransformerConfig,
@@ -182,7 +146,7 @@ def _build(
     pre_process, post_process = stage
     gpt = HiddenStateGPT(
         config=config,
-        transformer_layer_spec=_layers(model, config, chunk),
+        transformer_layer_spec=block_spec(model, config, chunk),
         vocab_size=vocab_size,
         max_sequence_length=max_sequence_length,
         pre_process=pre_process,
@@ -226,7 +190,7 @@ def build_training_model(
     One module, or several chunks of layers under a virtual pipeline.
 
     Args:
-        model: sizes.
+        model: sizes; ``transformer_impl`` is not "auto".
         layout: where this rank stands.
         parallel: how the model is laid out.
         vocab_size: padded vocabulary.
@@ -264,8 +228,10 @@ def build_replica(
 ) -> HiddenStateGPT:
     """The whole model on ``tensor_size`` ranks, in evaluation mode and without gradients.
 
-    ``initialize`` as in ``build_training_model``.
+    Its layers are megatron's own, whose attention reads the sampler's masks. ``initialize`` as in
+    ``build_training_model``.
     """
+    model = replace(model, transformer_impl=LOCAL)
     groups = copy_groups(tensor_size)
     parallel = ParallelConfig(tensor_model_parallel_size=tensor_size)
     config = transformer_config(model, layout, parallel, initialize)

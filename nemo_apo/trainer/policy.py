@@ -8,7 +8,7 @@ share and gets all N results back. Axes: N sequences, B of a micro-batch, T toke
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -16,7 +16,13 @@ from megatron.core.resharding.refit import swap_model_weights
 from torch import Tensor
 
 from nemo_apo.compose.hf_model import decoder_of
-from nemo_apo.config import ModelConfig, OptimizerConfig, ParallelConfig, padded_vocab_size
+from nemo_apo.config import (
+    LOCAL,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    padded_vocab_size,
+)
 from nemo_apo.parallel.gather import (
     all_gather_rows,
     broadcast_from_last,
@@ -32,6 +38,7 @@ from nemo_apo.parallel.step import (
 )
 from nemo_apo.trainer.engines.interface import RolloutEngine
 from nemo_apo.trainer.hf_weights import load_hf_weights
+from nemo_apo.trainer.layer_specs import LocalNames
 from nemo_apo.trainer.micro_batch import MicroBatch
 from nemo_apo.trainer.model import (
     Stage,
@@ -41,6 +48,7 @@ from nemo_apo.trainer.model import (
 )
 from nemo_apo.trainer.offload import offloaded
 from nemo_apo.trainer.sharing import Share, share_of
+from nemo_apo.trainer.transformer_impl import chosen_impl
 
 
 @dataclass(frozen=True)
@@ -66,6 +74,7 @@ class Policy:
         optimizer: megatron's optimizer of the current phase.
         vocab_size: the unpadded vocabulary.
         temperature: sampling temperature; log-probs are those of the tempered policy.
+        transformer_impl: what its layers are made of, "local" or "transformer_engine".
         engine: completes prompts with its weights; set by whoever builds the policy.
         sampling_ranks: over how many ranks the model that samples is split, by tensor parallelism.
     """
@@ -99,7 +108,8 @@ class Policy:
                 ``model.path`` need not be there any more.
 
         Raises:
-            ConfigError: on every rank, if one cannot read its part of ``model.path``.
+            ConfigError: on every rank, if one cannot read its part of ``model.path``, or for a
+                ``model.transformer_impl`` that cannot run here.
         """
         self.layout = layout
         self.vocab_size = vocab_size
@@ -109,6 +119,8 @@ class Policy:
         self._width_multiple = 2 * layout.context_size if layout.context_size > 1 else 1
         if parallel.sequence_parallel:
             self._width_multiple *= layout.tensor_size
+        self.transformer_impl = chosen_impl(model, layout.device.type == "cuda")
+        model = replace(model, transformer_impl=self.transformer_impl)
         padded = padded_vocab_size(vocab_size, model)
         initialize = model.path is None
         torch.manual_seed(seed)
@@ -118,7 +130,9 @@ class Policy:
         modules = [chunk.module for chunk in self.chunks]
         self.stage = modules[0] if len(modules) == 1 else Stage(modules)
         self._replica: GPTModel | None = None
-        if _needs_replica(layout, parallel, sampling_ranks):
+        is_local = self.transformer_impl == LOCAL
+        self._refitted = self.stage if is_local else LocalNames(self.stage)
+        if not is_local or _needs_replica(layout, parallel, sampling_ranks):
             torch.manual_seed(seed)
             self._replica = build_replica(
                 model, layout, padded, max_sequence_length, sampling_ranks, initialize
@@ -134,7 +148,7 @@ class Policy:
         if self._replica is None:
             return
         with _without_tied_copy(self.stage):
-            swap_model_weights(self._replica, self.stage, self._refit_backend)
+            swap_model_weights(self._replica, self._refitted, self._refit_backend)
         # Fills that copy from the first stage; nothing to do where there is none.
         for chunk in self.chunks:
             chunk.module.setup_embeddings_and_output_layer()
@@ -153,7 +167,7 @@ class Policy:
         """The model that samples, holding the current weights."""
         if self._replica is None:
             return self.stage
-        swap_model_weights(self.stage, self._replica, self._refit_backend)
+        swap_model_weights(self._refitted, self._replica, self._refit_backend)
         return self._replica
 
     def offloaded(self) -> contextlib.AbstractContextManager[None]:

@@ -3,9 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
-import transformers
 from torch import Tensor
+
+transformers: Any = pytest.importorskip("transformers", reason="comes with requirements/test.txt")
 
 # No multiple of anything, so that rows of padding are there.
 VOCABULARY = 61

@@ -185,3 +185,14 @@ def test_lengths_bound_what_is_generated() -> None:
 def test_a_bad_value_is_refused_by_name(change: dict, named: str) -> None:
     with pytest.raises(ValueError, match=named):
         SortTask(**change)
+
+
+def test_tokens_of_a_model_beyond_the_digits_are_no_answer() -> None:
+    task = SortTask(length=2)
+    prompt = task.test_prompts(1)[0]
+    right = [*task.encode(task.reference(prompt))]
+    assert task.solved(prompt, [*right, task.end_id])
+    for wrong in (task.vocab_size, 151_935):
+        completion = [right[0], wrong, task.end_id]
+        assert task.text(completion)[1] == "?"
+        assert (task.grade(prompt, completion), task.solved(prompt, completion)) == (0.0, False)
