@@ -49,6 +49,7 @@ def main(arguments: argparse.Namespace) -> None:
     folder, overrides = _split(arguments.overrides)
     config = compose(overrides, _config_file(arguments.config, folder), arguments.config_dir)
     validate(config, world_size())
+    check_task_data(config)
     require_packages({"megatron": "trainer"})
     require_transformer_impl(config)
     ignore_fallback_warnings()
