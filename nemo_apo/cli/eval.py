@@ -55,7 +55,6 @@ def main(arguments: argparse.Namespace) -> None:
     ignore_fallback_warnings()
     weights = _weights(config, folder, arguments.checkpoint)
     require_grader(config)
-    check_task_data(config)
     from nemo_apo.cli.eval_output import as_json, sample_lines, table
     from nemo_apo.trainer.evaluated_weights import evaluate_weights
 
