@@ -11,7 +11,9 @@ and the larger of three, which are never held together:
     optimizer step  activations, the layer worked on and the log-prob workspace, as in ``memory``
     log-prob pass   the layer worked on and that workspace, for its own micro-batch
     sampling        keys and values of a batch, its prompts' attention scores in one layer, and the
-                    float64 distribution over the vocabulary that a token is drawn from
+                    float64 distribution over the vocabulary that a token is drawn from; less what
+                    ``rollout.offload`` keeps away meanwhile. Of another engine's memory, which
+                    takes a share of the GPU that it is told and checks itself, nothing counts
 
 Attention scores count in full: the trainer's layers are megatron-core's local ones, unless
 ``model.transformer_impl`` is "transformer_engine" ("auto" counts as "local"); the sampler's always
@@ -42,7 +44,7 @@ class RunMemory:
 
     Attributes:
         held: by name, what stays for the whole run.
-        phases: by name, what each phase needs on top.
+        phases: by name, what each phase needs on top; negative where it needs less.
     """
 
     held: dict[str, int]
@@ -76,7 +78,7 @@ def run_memory(config: Config, world_size: int) -> RunMemory:
     phases = {
         "optimizer step": _step(training),
         "log-prob pass": _log_prob_pass(config, question, shapes, layout),
-        "sampling": _sampling(config, question, shapes, world_size),
+        "sampling": _sampling(config, question, shapes, world_size) - _away(config, training),
     }
     return RunMemory(held, phases)
 
@@ -169,8 +171,15 @@ def _log_prob_pass(config: Config, question: Question, shapes: Shapes, layout: L
     return max(layer, log_prob_workspace(question, shapes, layout))
 
 
+def _away(config: Config, training: Memory) -> int:
+    """What is kept elsewhere while completions are generated."""
+    return training.gradients + training.optimizer if config.rollout.offload else 0
+
+
 def _sampling(config: Config, question: Question, shapes: Shapes, world_size: int) -> int:
-    """A batch of the sampler on one of the ranks that share its model."""
+    """A batch of the static engine on one of the ranks that share its model."""
+    if config.rollout.engine != "static":
+        return 0
     task, number = config.task, question.number_bytes
     ranks = config.rollout.tensor_model_parallel_size
     wanted = split(config.rollout.prompts * config.rollout.group_size, world_size // ranks)

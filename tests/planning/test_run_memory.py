@@ -99,3 +99,17 @@ def test_a_wider_micro_batch_needs_more() -> None:
     narrow = run_memory(CONFIG, 1)
     assert run_memory(wide, 1).phases["optimizer step"] > narrow.phases["optimizer step"]
     assert run_memory(wide, 1).held == narrow.held
+
+
+def test_offloading_frees_gradients_and_optimizer_while_sampling() -> None:
+    kept, away = (
+        run_memory(replace(CONFIG, rollout=replace(CONFIG.rollout, offload=offload)), 1)
+        for offload in (False, True)
+    )
+    assert kept.phases["sampling"] - away.phases["sampling"] == (4 + 12) * WEIGHTS
+    assert kept.held == away.held
+
+
+def test_another_engine_answers_for_its_own_memory() -> None:
+    rollout = replace(CONFIG.rollout, engine="vllm")
+    assert run_memory(replace(CONFIG, rollout=rollout), 1).phases["sampling"] == 0
