@@ -27,6 +27,8 @@ ALLOWED: dict[str, set[str]] = {
     "trainer": {"core", "tasks", "grading", "record", "step_metrics", "parallel", "report"}
     | CONFIG,
     "bench": {"core", "record", "step_metrics", "parallel", "trainer", "tasks"} | CONFIG,
+    "launch": {"planning"} | CONFIG,
+    "doctor": CONFIG,
     "aligner": {"core", "record", "step_metrics", "parallel"} | CONFIG,
 }
 # The way in from outside may use anything.

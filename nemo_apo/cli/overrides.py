@@ -7,13 +7,13 @@ from nemo_apo.compose import compose
 from nemo_apo.config import Config
 
 
-def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add overrides, ``--config`` and ``--config-dir``."""
+def add_config_arguments(parser: argparse.ArgumentParser, more: str = "") -> None:
+    """Add overrides, ``--config`` and ``--config-dir``; ``more`` ends the help on overrides."""
     parser.add_argument(
         "overrides",
         nargs="*",
         metavar="OVERRIDE",
-        help="section.key=value, or group=option; see `nemo-apo config` and its --groups",
+        help="section.key=value, or group=option; see `nemo-apo config` and its --groups" + more,
     )
     parser.add_argument(
         "--config",
