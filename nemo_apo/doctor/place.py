@@ -81,6 +81,8 @@ def _in_step(environment: Mapping[str, str], node: str) -> Place:
 
 
 def _hostnames(environment: Mapping[str, str]) -> list[str]:
+    if "NEMO_APO_NODES" in environment:  # from the script of a job: a container has no scontrol
+        return environment["NEMO_APO_NODES"].split()
     nodelist = environment.get("SLURM_STEP_NODELIST") or environment["SLURM_JOB_NODELIST"]
     if not set("[,") & set(nodelist):
         return [nodelist]
@@ -93,10 +95,8 @@ def _hostnames(environment: Mapping[str, str]) -> list[str]:
             check=True,
         )
     except (OSError, subprocess.SubprocessError) as error:
-        # A container may lack Slurm's commands; the script of a job sets the address itself.
-        if "MASTER_ADDR" in environment:
-            return [environment["MASTER_ADDR"]]
-        raise ConfigError(f"MASTER_ADDR is not set, and scontrol did not help: {error}") from None
+        rule = "without scontrol, name the job's hosts, separated by blanks"
+        raise ConfigError(f"NEMO_APO_NODES=: {rule} ({error})") from None
     return done.stdout.split()
 
 

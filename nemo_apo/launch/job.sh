@@ -38,11 +38,19 @@ on_usr1() {
     [[ -z $step ]] || kill -USR1 "$step" 2>/dev/null || true
 }
 
-# One task per node, in the background: a trap runs only while bash waits. The status is srun's.
+# Slurm sends TERM to the tasks itself; this script has to see how they end.
+# shellcheck disable=SC2317
+on_term() {
+    stopping=true
+    say "TERM: stopping early"
+}
+
+# One task per node, in the background: a trap runs only while bash waits. The status is srun's,
+# the highest of the tasks'. When one has ended, the others have two minutes to say why they end too.
 on_every_node() {
     local name=$1 status index
     shift
-    srun --ntasks-per-node=1 --kill-on-bad-exit=1 --unbuffered "${srun_options[@]}" \
+    srun --ntasks-per-node=1 --kill-on-bad-exit=0 --wait=120 --unbuffered "${srun_options[@]}" \
         --output="$logs/start$start-$name-node%n.log" bash -c "$task" task "$env_file" "$@" &
     step=$!
     while true; do
@@ -89,10 +97,28 @@ count_stalled_starts() {
         "$stalled starts in a row ended without a new checkpoint (newest: $newest); not tried again"
 }
 
+# Ends a start whose tasks failed. Where a node is gone, the others notice it long before Slurm does,
+# which requeues the job only then.
+fail() {
+    local host lost=()
+    for host in "${hosts[@]}"; do
+        timeout -k 5 20 srun --nodes=1 --ntasks=1 --nodelist="$host" true || lost+=("$host")
+    done
+    if ((${#lost[@]} > 0)); then
+        say "${lost[*]} does not answer; waiting for Slurm to find that out (at most 15 minutes)"
+        sleep 900 &
+        wait "$!" || true
+    fi
+    say "the run failed (status $1)"
+    exit "$1"
+}
+
 trap on_usr1 USR1
+trap on_term TERM
 mkdir -p "$logs" "$state"
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 export MASTER_ADDR=${master_addr:-${hosts[0]}}
+export NEMO_APO_NODES="${hosts[*]}"
 export MASTER_PORT=$((20000 + 2 * (SLURM_JOB_ID % 20000)))
 # srun gives its tasks this script's environment, of which sbatch exported nothing.
 export SLURM_EXPORT_ENV=ALL
@@ -138,5 +164,4 @@ case $status in
     75) go_on_later "stopped early and saved" ;;
 esac
 [[ $stopping == false ]] || go_on_later "stopped early (status $status)"
-say "the run failed (status $status)"
-exit "$status"
+fail "$status"

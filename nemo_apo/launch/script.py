@@ -59,9 +59,9 @@ def render(launch: Launch) -> str:
         "#!/usr/bin/env bash",
         *(f"#SBATCH {option}" for option in _options(launch)),
         "",
-        f"# Trains {launch.name}, written by `nemo-apo launch slurm`. Its status is 0 when the run has",
-        "# ended, 1 when it failed, 2 when it was refused, 75 when it stopped early and goes on later,",
-        "# 76 when start after start made no progress.",
+        f"# Trains {launch.name}; written by `nemo-apo launch slurm`.",
+        "# Status: 0 the run has ended, 1 it failed, 2 it was refused, 75 it stopped early and",
+        "# goes on later, 76 start after start made no progress.",
         "set -euo pipefail",
         "",
         *_values(launch),
@@ -179,10 +179,11 @@ def _srun_options(launch: Launch) -> list[str]:
     options = [f"--mpi={cluster.mpi}"] if cluster.mpi else []
     if cluster.container is None:
         return options
-    own = {launch.workdir, launch.root, launch.folder}
+    own = {launch.workdir, launch.root, launch.folder}  # all need not be below the first
     if cluster.env_file is not None:
         own.add(Path(cluster.env_file))
-    mounts = [*cluster.mounts, *(f"{path}:{path}" for path in sorted(own))]
+    outer = [path for path in sorted(own) if not own & set(path.parents)]
+    mounts = [*cluster.mounts, *(f"{path}:{path}" for path in outer)]
     return [
         *options,
         f"--container-image={cluster.container}",

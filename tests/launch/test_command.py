@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -74,10 +75,12 @@ def test_the_script_is_sound_shell(
 ) -> None:
     text = script_of(GOLDEN[name], tmp_path, capsys)
     subprocess.run(["bash", "-n"], input=text, text=True, check=True)
-    if shutil.which("shellcheck") is None:
+    places = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    shellcheck = shutil.which("shellcheck", path=places)
+    if shellcheck is None:
         pytest.skip("shellcheck is not installed: bash -n alone has read the script")
     done = subprocess.run(
-        ["shellcheck", "--shell=bash", "-"], input=text, capture_output=True, text=True
+        [shellcheck, "--shell=bash", "-"], input=text, capture_output=True, text=True
     )
     assert done.stdout == ""
 

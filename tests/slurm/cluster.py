@@ -50,8 +50,8 @@ SlurmctldPidFile={root}/slurmctld.pid
 SlurmdPidFile={root}/slurmd-%n.pid
 SlurmctldLogFile={root}/slurmctld.log
 SlurmdLogFile={root}/slurmd-%n.log
-NodeName=DEFAULT NodeHostname={host} CPUs={cpus} RealMemory=1000
-NodeName={nodes} NodeAddr={nodes} Port=[{first}-{last}]
+NodeName=DEFAULT CPUs={cpus} RealMemory=1000
+NodeName={nodes} NodeAddr={nodes} NodeHostname={host} Port=[{first}-{last}]
 EnforcePartLimits=ALL
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
@@ -122,10 +122,14 @@ class LocalSlurm:
         self._start(node, "-D", "-N", node, program="slurmd")
 
     def kill_node(self, node: str) -> None:
-        """SIGKILL a node's slurmd; what ran on it goes on until Slurm or itself ends it."""
+        """SIGKILL a node's slurmd and all that runs on the node, as when a machine is gone."""
         process = self._processes.pop(node)
-        process.send_signal(signal.SIGKILL)
+        process.kill()
         process.wait()
+        tasks = [pid for pid, text in _environments() if f"SLURMD_NODENAME={node}\0" in text]
+        for pid in {*tasks, *filter(_is_stepd, map(_parent, tasks))}:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     def idle(self) -> int:
         """How many nodes are idle."""
@@ -222,6 +226,28 @@ def free_ports(count: int) -> int:
                 held.bind(("127.0.0.1", port))
             return first
     raise OSError("no free ports")
+
+
+def _environments() -> Iterator[tuple[int, str]]:
+    """Processes of jobs of this Slurm, with their environments."""
+    mine = f"SLURM_CONF={os.environ['SLURM_CONF']}\0"
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):  # it may end meanwhile
+            text = path.read_text(errors="replace")
+            if mine in text and "SLURM_JOB_ID=" in text:
+                yield int(path.parent.name), text
+
+
+def _parent(pid: int) -> int:
+    with contextlib.suppress(OSError):
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return 0
+
+
+def _is_stepd(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/comm").read_text().startswith("slurmstepd")
+    return False
 
 
 def _user() -> str:
