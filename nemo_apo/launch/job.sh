@@ -15,6 +15,11 @@ end_launch() {
     exit "$1"
 }
 
+# Whether Slurm has nothing else in mind with this job.
+is_running() {
+    [[ $(scontrol show job "$SLURM_JOB_ID") == *JobState=RUNNING* ]]
+}
+
 # Ends this start; the next one goes on from the newest checkpoint.
 go_on_later() {
     say "$1"
@@ -22,8 +27,8 @@ go_on_later() {
         say "the next job of the chain goes on"
     elif [[ $requeue == false ]]; then
         say "cluster.requeue=false: run.if_exists=resume goes on"
-    elif [[ $(scontrol show job "$SLURM_JOB_ID") != *JobState=RUNNING* ]]; then
-        say "the job is being ended by Slurm"
+    elif ! is_running; then
+        say "Slurm ends the job"
     else
         scontrol requeue "$SLURM_JOB_ID"
     fi
@@ -31,7 +36,7 @@ go_on_later() {
 }
 
 # Slurm sends USR1 to this script alone; srun passes it on to the tasks.
-# shellcheck disable=SC2317
+# shellcheck disable=SC2317,SC2329
 on_usr1() {
     stopping=true
     say "USR1: stopping early"
@@ -39,7 +44,7 @@ on_usr1() {
 }
 
 # Slurm sends TERM to the tasks itself; this script has to see how they end.
-# shellcheck disable=SC2317
+# shellcheck disable=SC2317,SC2329
 on_term() {
     stopping=true
     say "TERM: stopping early"
@@ -102,14 +107,15 @@ count_stalled_starts() {
 fail() {
     local host lost=()
     for host in "${hosts[@]}"; do
+        is_running || break
         timeout -k 5 20 srun --nodes=1 --ntasks=1 --nodelist="$host" true || lost+=("$host")
     done
-    if ((${#lost[@]} > 0)); then
+    if ((${#lost[@]} > 0)) && is_running; then
         say "${lost[*]} does not answer; waiting for Slurm to find that out (at most 15 minutes)"
         sleep 900 &
         wait "$!" || true
     fi
-    say "the run failed (status $1)"
+    if is_running; then say "the run failed (status $1)"; else say "Slurm ends the job"; fi
     exit "$1"
 }
 

@@ -15,6 +15,7 @@ from .cluster import LocalSlurm
 pytestmark = pytest.mark.slow(reason="trains in jobs of a real Slurm")
 
 SCHEDULE = ("schedule=guarded", "schedule.alpha_min=0.35", "schedule.alpha_max=0.4")
+CANARIES = ("canary-in-the-file-0123", "canary-of-the-shell-4567")
 # When a run is disturbed: after the metrics of this step, or None as soon as its job runs.
 MOMENTS = [2, None, 0, 7, 15] if IS_LONG else [2]
 
@@ -23,8 +24,12 @@ MOMENTS = [2, None, 0, 7, 15] if IS_LONG else [2]
 def whole(slurm: LocalSlurm, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of an uninterrupted run on two nodes, with its job's nodes checked first."""
     folder = tmp_path_factory.mktemp("whole")
+    secrets = folder / "secrets.env"
+    secrets.write_text(f"HF_TOKEN={CANARIES[0]}\n")
     arguments = ("run.name=whole", "cluster.doctor=true", "run.report=true", "--follow", *SCHEDULE)
-    done = jobs.launch(folder, *arguments)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_API_KEY", CANARIES[1])
+        done = jobs.launch(folder, *arguments, f"cluster.env_file={secrets}")
     assert done.returncode == 0, done.stdout + done.stderr + jobs.logs(folder)
     assert "RUNNING" in done.stdout
     assert "COMPLETED, status 0" in done.stdout
@@ -62,6 +67,16 @@ def test_two_nodes_train_with_the_schedule_that_was_asked_for(whole: Path) -> No
     for check in ("versions", "disk", "clock", "shared folder", "gloo"):
         assert f"ok  {check}" in told
     assert "127.0.0.11,127.0.0.12" in told
+
+
+def test_secrets_reach_the_tasks_and_nothing_else(slurm: LocalSlurm, whole: Path) -> None:
+    (doctor,) = whole.glob("slurm/*/*/start0-doctor-node0.log")
+    assert "HF_TOKEN is set" in doctor.read_text()
+    assert "WANDB_API_KEY is not set" in doctor.read_text()
+    files = [path for root in (slurm.root, whole) for path in root.rglob("*") if path.is_file()]
+    assert {"job.sbatch", "slurmctld.log", "config.yaml"} <= {path.name for path in files}
+    content = b"".join(path.read_bytes() for path in files)
+    assert [canary for canary in CANARIES if canary.encode() in content] == []
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
