@@ -35,12 +35,18 @@ go_on_later() {
     exit 75
 }
 
-# Slurm sends USR1 to this script alone; srun passes it on to the tasks.
+# Slurm sends USR1 to this script alone; srun passes it on to the tasks that it knows to run. The file
+# is for those that are still being started, and some seconds count as one signal.
 # shellcheck disable=SC2317,SC2329
 on_usr1() {
+    local try
     stopping=true
     say "USR1: stopping early"
-    [[ -z $step ]] || kill -USR1 "$step" 2>/dev/null || true
+    touch "$NEMO_APO_STOP_FILE"
+    for try in 1 2 3; do
+        if [[ -z $step ]] || ! kill -USR1 "$step" 2>/dev/null; then break; fi
+        ((try == 3)) || sleep 1
+    done
 }
 
 # Slurm sends TERM to the tasks itself; this script has to see how they end.
@@ -119,9 +125,11 @@ fail() {
     exit "$1"
 }
 
+mkdir -p "$logs" "$state"
+export NEMO_APO_STOP_FILE=$state/stop
+rm -f "$NEMO_APO_STOP_FILE"
 trap on_usr1 USR1
 trap on_term TERM
-mkdir -p "$logs" "$state"
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 export MASTER_ADDR=${master_addr:-${hosts[0]}}
 export NEMO_APO_NODES="${hosts[*]}"
