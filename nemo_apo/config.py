@@ -8,7 +8,7 @@ or file is made. Defaults stand here and, commented, in ``conf/``; a test holds 
 
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nemo_apo.core.alpha_schedule import SCHEDULES, GuardedSchedule, Schedule
@@ -20,6 +20,7 @@ from nemo_apo.core.temperature import TEMPERATURES, FixedTemperature, Temperatur
 from nemo_apo.grading.graders import GRADERS, NEEDS_WORKER
 from nemo_apo.grading.pool import longest_call_s
 from nemo_apo.grading.settings import TASK_GRADER, GradingSettings
+from nemo_apo.grading.shaping import Shaping
 from nemo_apo.tasks import TASKS, SortTask, Task
 
 
@@ -32,6 +33,10 @@ CONSOLES = ("auto", "plain", "off")
 BACKENDS = ("auto", "gloo", "nccl")
 PARAMS_DTYPES = ("float32", "bfloat16")
 RECOMPUTE = ("none", "selective", "full")
+LOCAL, TRANSFORMER_ENGINE = "local", "transformer_engine"
+TRANSFORMER_IMPLS = (LOCAL, TRANSFORMER_ENGINE, "auto")
+# The keys of ``nemo_apo.trainer.engines.ENGINES``.
+ROLLOUT_ENGINES = ("static", "vllm")
 LR_DECAY_STYLES = ("constant", "linear", "cosine")
 # Sections that a checkpoint is tied to, unless run.allow_changed names them.
 ALLOWED_CHANGES = (
@@ -43,10 +48,17 @@ ALLOWED_CHANGES = (
     "regularizers",
     "rollout",
     "grading",
+    "shaping",
     "optimizer",
 )
 # Metrics of which more is better.
-BEST_METRICS = ("eval/accuracy", "eval/reward", "eval/pass_at_k", "reward/mean")
+BEST_METRICS = (
+    "eval/accuracy",
+    "eval/reward",
+    "eval/pass_at_k",
+    "eval/maj_at_k",
+    "reward/mean",
+)
 
 
 _MAX_TIME = re.compile(r"(?:(\d+):)?(\d{1,2}):([0-5]\d):([0-5]\d)")
@@ -100,6 +112,9 @@ class RunConfig:
         tensorboard: write TensorBoard event files.
         wandb: also log to Weights & Biases (the ``wandb`` extra).
         wandb_project: its project.
+        samples_every: RL steps between those of which completions are kept in ``samples.jsonl``
+            (the first and the last are always among them); 0 keeps none.
+        samples_groups: how many groups of such a step are kept.
         report: write report.html and report.png at the end.
     """
 
@@ -122,6 +137,8 @@ class RunConfig:
     tensorboard: bool = True
     wandb: bool = False
     wandb_project: str = "nemo_apo"
+    samples_every: int = 10
+    samples_groups: int = 2
     report: bool = True
 
     def __post_init__(self) -> None:
@@ -131,23 +148,31 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A Qwen3-shaped dense decoder: RMSNorm, SwiGLU, RoPE, grouped-query attention, no bias.
+    """A dense decoder as Qwen3 and Qwen2.5: RMSNorm, SwiGLU, RoPE, grouped-query attention.
 
     Attributes:
+        path: folder of a checkpoint in Hugging Face's format whose weights training starts from,
+            and whose ``config.json`` the shapes must agree with; null starts from random weights.
+        vocab_size: tokens of the vocabulary, without padding; null is the task's.
         num_layers, hidden_size, ffn_hidden_size: sizes.
         num_attention_heads, num_query_groups: query heads and key/value heads.
         kv_channels: size of one head.
         qk_layernorm: RMSNorm on queries and keys (Qwen3).
+        add_qkv_bias: queries, keys and values have a bias (Qwen2.5).
         rotary_base: RoPE base.
         layernorm_epsilon: RMSNorm epsilon.
         tied_embeddings: one matrix for input embedding and output projection.
         params_dtype: "float32", or "bfloat16" with float32 main weights and gradients.
+        transformer_impl: what the layers are made of: "local" (megatron's own modules),
+            "transformer_engine", or "auto" (that one where it is installed, on GPUs, in bfloat16).
         init_method_std: standard deviation of initial weights.
         make_vocab_size_divisible_by: the vocabulary is padded to a multiple of this, whatever the
             layout; padded rows never enter a log-prob, an entropy or a sample.
     """
 
     name: str = "tiny_qwen3"
+    path: str | None = None
+    vocab_size: int | None = None
     num_layers: int = 2
     hidden_size: int = 64
     ffn_hidden_size: int = 168
@@ -155,10 +180,12 @@ class ModelConfig:
     num_query_groups: int = 2
     kv_channels: int = 16
     qk_layernorm: bool = True
+    add_qkv_bias: bool = False
     rotary_base: int = 10000
     layernorm_epsilon: float = 1e-6
     tied_embeddings: bool = False
     params_dtype: str = "float32"
+    transformer_impl: str = LOCAL
     init_method_std: float = 0.07
     make_vocab_size_divisible_by: int = 8
 
@@ -211,14 +238,26 @@ class RolloutConfig:
     """Sampling of one RL step.
 
     Attributes:
+        engine: what completes the prompts: "static" (the trainer's own model), or "vllm" (the
+            ``vllm`` extra, on GPUs only, of the checkpoint at ``model.path``).
+        gpu_memory_utilization: share of a GPU's memory that vLLM may take.
         prompts: prompts per rollout (groups).
         group_size: completions per prompt, P.
         temperature: of sampling; log-probs are those of the tempered policy throughout.
         top_k, top_p: not supported (they cut the policy's support); 0 and 1 mean off.
         resample: extra rounds of prompts drawn to replace groups without signal; 0 is off.
         micro_batch_size: sequences generated at once on a rank.
+        tensor_model_parallel_size: ranks that share the model that samples; with "static" it is the
+            trained one itself where that is laid out so, else a copy that is refitted.
+        offload: keep gradients, moments and main weights out of the GPU's memory while completions
+            are generated; on GPUs only.
+        importance_cap: bound on the weight min(exp(old - sampler), cap) of each token's gradient,
+            which corrects for a sampler whose log-probs are not quite the trainer's; None weighs
+            nothing (``nemo_apo.core.importance``).
     """
 
+    engine: str = "static"
+    gpu_memory_utilization: float = 0.5
     prompts: int = 32
     group_size: int = 8
     temperature: float = 1.0
@@ -226,6 +265,9 @@ class RolloutConfig:
     top_p: float = 1.0
     resample: int = 0
     micro_batch_size: int = 512
+    tensor_model_parallel_size: int = 1
+    offload: bool = False
+    importance_cap: float | None = None
 
 
 @dataclass(frozen=True)
@@ -298,14 +340,16 @@ class EvaluationConfig:
     Attributes:
         every: RL steps between evaluations (the start and the end are always evaluated).
         prompts: held-out prompts for the greedy figures.
-        pass_prompts: of these, how many are sampled for pass@k.
-        pass_k: samples per prompt.
+        pass_prompts: of these, how many are sampled for pass@k and maj@k.
+        pass_k: their k.
+        pass_samples: samples per prompt, from which pass@k is estimated; null is pass_k.
     """
 
     every: int = 10
     prompts: int = 512
     pass_prompts: int = 128
     pass_k: int = 8
+    pass_samples: int | None = None
 
 
 @dataclass(frozen=True)
@@ -323,12 +367,19 @@ class Config:
     regularizers: Regularizers = field(default_factory=Regularizers)
     groups: GroupRules = field(default_factory=GroupRules)
     grading: GradingSettings = field(default_factory=GradingSettings)
+    shaping: Shaping = field(default_factory=Shaping)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     update: UpdateConfig = field(default_factory=UpdateConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     diagnostics: Thresholds = field(default_factory=Thresholds)
+
+    def __post_init__(self) -> None:
+        # "task" stands for the task's own grader; for a task of text, that is one by name.
+        named = self.task.text_grader
+        if self.grading.grader == TASK_GRADER and named is not None:
+            object.__setattr__(self, "grading", replace(self.grading, grader=named))
 
 
 # The default value of every section whose class depends on its ``name`` field.
@@ -346,6 +397,23 @@ def padded_vocab_size(vocab_size: int, model: ModelConfig) -> int:
     return (vocab_size + step - 1) // step * step
 
 
+def vocab_size(config: Config) -> int:
+    """Tokens that the model knows, without padding: its own vocabulary, else the task's.
+
+    Raises:
+        ConfigError: if the task's tokenizer cannot be read.
+    """
+    own = config.model.vocab_size
+    return _task_vocabulary(config.task) if own is None else own
+
+
+def _task_vocabulary(task: Task) -> int:
+    try:
+        return task.vocab_size
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
 def unread_sections(objective: Objective) -> set[str]:
     """Sections that an objective never reads; setting one beside it is refused, not ignored."""
     unread: set[str] = set()
@@ -356,27 +424,53 @@ def unread_sections(objective: Objective) -> set[str]:
     return unread
 
 
-def validate(config: Config, world_size: int) -> None:
+def validate(config: Config, world_size: int, reads_files: bool = True) -> None:
     """Check every rule that the sections do not check themselves.
 
     Args:
         config: the typed configuration.
         world_size: number of ranks that will run it.
+        reads_files: whether what a tokenizer says is checked, too.
 
     Raises:
         ConfigError: naming key, value and rule.
     """
     _check_run(config.run)
     _check_model(config.model)
+    if reads_files:
+        _check_vocabulary(config)
     _check_layout(config, world_size)
     _check_keeping(config)
     _check_anchor(config.anchor)
     _check_grading(config.grading, config.parallel)
+    _check_shaping(config.shaping, config.task)
     _check_rollout(config.rollout)
+    _check_engine(config)
+    _check_sampling_ranks(config, world_size)
     _check_update(config.update, config.rollout)
     _check_optimizer(config.optimizer)
-    _check_warm_start(config.warm_start)
+    _check_warm_start(config.warm_start, config.task)
     _check_evaluation(config.evaluation)
+
+
+def check_task_data(config: Config) -> list[str]:
+    """Load the task's data and check it against the configuration.
+
+    Returns:
+        What was kept and dropped, in lines.
+
+    Raises:
+        ConfigError: if data is missing, cannot be read or is too little.
+    """
+    try:
+        report, held_out = config.task.data_report(), config.task.test_size
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    if held_out is not None:
+        prompts = config.evaluation.prompts
+        rule = f"must not exceed the {held_out} held-out prompts"
+        require(prompts <= held_out, "evaluation.prompts", prompts, rule)
+    return report
 
 
 def _at_least(section: str, values: object, minimum: int, *keys: str) -> None:
@@ -404,8 +498,8 @@ def _one_of(key: str, value: str, choices: tuple[str, ...]) -> None:
 def _check_run(run: RunConfig) -> None:
     allowed = run.name not in ("", ".", "..") and not set(run.name) & set("/\\\0")
     require(allowed, "run.name", run.name, "must be the name of one folder")
-    _at_least("run", run, 0, "seed", "save_every")
-    _at_least("run", run, 1, "steps")
+    _at_least("run", run, 0, "seed", "save_every", "samples_every")
+    _at_least("run", run, 1, "steps", "samples_groups")
     _one_of("run.if_exists", run.if_exists, IF_EXISTS_RULES)
     _one_of("run.console", run.console, CONSOLES)
     if run.threads is not None:
@@ -443,6 +537,18 @@ def _check_model(model: ModelConfig) -> None:
     )
     _positive("model", model, "layernorm_epsilon", "init_method_std")
     _one_of("model.params_dtype", model.params_dtype, PARAMS_DTYPES)
+    impl = model.transformer_impl
+    _one_of("model.transformer_impl", impl, TRANSFORMER_IMPLS)
+    rule = f"needs model.params_dtype=bfloat16, not {model.params_dtype}"
+    fits = impl != TRANSFORMER_ENGINE or model.params_dtype == "bfloat16"
+    require(fits, "model.transformer_impl", impl, rule)
+
+
+def _check_vocabulary(config: Config) -> None:
+    model, task = config.model, config.task
+    own, needed = model.vocab_size, _task_vocabulary(task)
+    rule = f"must be at least the {needed} tokens of task={task.name}"
+    require(own is None or own >= needed, "model.vocab_size", own, rule)
 
 
 def _check_layout(config: Config, world_size: int) -> None:
@@ -457,22 +563,7 @@ def _check_layout(config: Config, world_size: int) -> None:
     _one_of("parallel.recompute", parallel.recompute, RECOMPUTE)
     _positive("parallel", parallel, "timeout_minutes")
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    for key in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
-        value = getattr(model, key)
-        require(
-            value % tp == 0,
-            "parallel.tensor_model_parallel_size",
-            tp,
-            f"must divide model.{key}={value}",
-        )
-    padded = padded_vocab_size(config.task.vocab_size, model)
-    require(
-        padded % tp == 0,
-        "parallel.tensor_model_parallel_size",
-        tp,
-        f"must divide the padded vocabulary of {padded} tokens "
-        f"(model.make_vocab_size_divisible_by={model.make_vocab_size_divisible_by})",
-    )
+    _check_tensor_size(config, "parallel.tensor_model_parallel_size", tp)
     require(
         model.num_layers % pp == 0,
         "parallel.pipeline_model_parallel_size",
@@ -491,6 +582,18 @@ def _check_layout(config: Config, world_size: int) -> None:
         f"must divide the number of ranks, which is {world_size} "
         "(NPROC=n scripts/quickstart.sh starts n ranks)",
     )
+
+
+def _check_tensor_size(config: Config, key: str, size: int) -> None:
+    """Whether the model can be split over so many tensor-parallel ranks."""
+    model = config.model
+    for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
+        value = getattr(model, name)
+        require(value % size == 0, key, size, f"must divide model.{name}={value}")
+    padded = padded_vocab_size(vocab_size(config), model)
+    rule = f"must divide the padded vocabulary of {padded} tokens "
+    rule += f"(model.make_vocab_size_divisible_by={model.make_vocab_size_divisible_by})"
+    require(padded % size == 0, key, size, rule)
 
 
 def _check_virtual(parallel: ParallelConfig, model: ModelConfig) -> None:
@@ -565,7 +668,15 @@ def _refuse_unread_grading(grading: GradingSettings) -> None:
     require(read, "grading.tolerance", grading.tolerance, rule)
 
 
+def _check_shaping(shaping: Shaping, task: Task) -> None:
+    limit = task.max_response_length
+    fits = shaping.overlong == 0.0 or shaping.overlong_cache <= limit
+    rule = f"must not exceed the length limit of {limit} tokens"
+    require(fits, "shaping.overlong_cache", shaping.overlong_cache, rule)
+
+
 def _check_rollout(rollout: RolloutConfig) -> None:
+    _one_of("rollout.engine", rollout.engine, ROLLOUT_ENGINES)
     _at_least("rollout", rollout, 1, "prompts", "micro_batch_size")
     _at_least("rollout", rollout, 2, "group_size")
     _at_least("rollout", rollout, 0, "resample")
@@ -573,6 +684,32 @@ def _check_rollout(rollout: RolloutConfig) -> None:
     cut = "top-k and top-p cut the support of the policy, so its log-probs would be wrong; "
     require(rollout.top_k == 0, "rollout.top_k", rollout.top_k, cut + "must be 0")
     require(rollout.top_p == 1.0, "rollout.top_p", rollout.top_p, cut + "must be 1")
+    cap, rule = rollout.importance_cap, "must be at least 1 and finite, or null for no correction"
+    require(cap is None or 1.0 <= cap < math.inf, "rollout.importance_cap", cap, rule)
+
+
+def _check_engine(config: Config) -> None:
+    rollout, key = config.rollout, "rollout.gpu_memory_utilization"
+    share, unset = rollout.gpu_memory_utilization, RolloutConfig.gpu_memory_utilization
+    require(0.0 < share < 1.0, key, share, "must lie in (0, 1)")
+    if rollout.engine != "vllm":
+        rule = f"is of the vllm engine alone (rollout.engine={rollout.engine})"
+        require(share == unset, key, share, rule)
+        return
+    key, path = "rollout.engine", config.model.path
+    rule = "needs model.path: it builds its model by the checkpoint's config.json"
+    require(path is not None, key, rollout.engine, rule)
+    rule = "needs update.max_sampler_mismatch (such as 0.05): other code than the trainer's "
+    rule += "computes its log-probs, and a run must end where they are not the trainer's"
+    require(config.update.max_sampler_mismatch is not None, key, rollout.engine, rule)
+
+
+def _check_sampling_ranks(config: Config, world_size: int) -> None:
+    key = "rollout.tensor_model_parallel_size"
+    ranks = config.rollout.tensor_model_parallel_size
+    _at_least("rollout", config.rollout, 1, "tensor_model_parallel_size")
+    require(world_size % ranks == 0, key, ranks, f"must divide the number of ranks, {world_size}")
+    _check_tensor_size(config, key, ranks)
 
 
 def _check_update(update: UpdateConfig, rollout: RolloutConfig) -> None:
@@ -606,10 +743,13 @@ def _check_optimizer(optimizer: OptimizerConfig) -> None:
         require(0.0 <= value < 1.0, f"optimizer.{key}", value, "must lie in [0, 1)")
 
 
-def _check_warm_start(warm_start: WarmStartConfig) -> None:
+def _check_warm_start(warm_start: WarmStartConfig, task: Task) -> None:
     _at_least("warm_start", warm_start, 0, "steps")
     _at_least("warm_start", warm_start, 1, "batch_size")
     _positive("warm_start", warm_start, "lr")
+    rule = f"must be 0 (or set warm_start.load): task={task.name} has nothing to imitate"
+    trains = warm_start.steps > 0 and warm_start.load is None
+    require(task.has_demonstrations or not trains, "warm_start.steps", warm_start.steps, rule)
 
 
 def _check_evaluation(evaluation: EvaluationConfig) -> None:
@@ -620,3 +760,6 @@ def _check_evaluation(evaluation: EvaluationConfig) -> None:
         evaluation.pass_prompts,
         f"must not exceed evaluation.prompts={evaluation.prompts}",
     )
+    samples, k = evaluation.pass_samples, evaluation.pass_k
+    rule = f"must be at least evaluation.pass_k={k}"
+    require(samples is None or samples >= k, "evaluation.pass_samples", samples, rule)

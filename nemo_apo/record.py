@@ -4,6 +4,7 @@ A run folder holds
 
     config.yaml     the resolved configuration
     metrics.jsonl   one JSON object per RL step (and one for the evaluation before the first step)
+    samples.jsonl   some completions of some RL steps, one JSON object per group (``KeptGroup``)
     summary.json    the figures of the finished run
     report.html, report.png, tensorboard/, checkpoints/
 
@@ -14,9 +15,11 @@ computed at a step is absent from its line. A number that is not finite is writt
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
+SAMPLES_FILE = "samples.jsonl"
 SUMMARY_FILE = "summary.json"
 REPORT_HTML = "report.html"
 REPORT_PNG = "report.png"
@@ -29,6 +32,10 @@ FINDINGS = "findings"
 REWARD_MEAN = "reward/mean"
 REWARD_STD = "reward/std"
 REWARD_FAILED = "reward/failed_grades"
+# Of the first round's completions: the grader's own value, where it did not fail, and the terms of
+# ``shaping`` before their weights; a term that is off is absent.
+REWARD_CORRECT = "reward/correct"
+SHAPING_TERMS = {name: f"reward/{name}" for name in ("format", "repetition", "overlong")}
 
 # Failed grades by reason (a key of ``nemo_apo.grading.REASONS``), those of resampled groups
 # included; a reason that did not occur is absent.
@@ -62,6 +69,8 @@ CLIPPED_SHARE = "policy/clipped_share"
 SAMPLER_MISMATCH = "policy/sampler_mismatch"
 SAMPLER_MISMATCH_MAX = "policy/sampler_mismatch_max"
 SAMPLER_WEIGHT_SPREAD = "policy/sampler_weight_spread"
+IMPORTANCE_WEIGHT = "policy/importance_weight"
+IMPORTANCE_CAPPED_SHARE = "policy/importance_capped_share"
 
 OBJECTIVE_VALUE = "update/objective"
 GRAD_NORM = "update/grad_norm"
@@ -92,7 +101,13 @@ STEP_SECONDS = "time/step_s"
 
 EVAL_ACCURACY = "eval/accuracy"
 EVAL_REWARD = "eval/reward"
+EVAL_ACCURACY_ERROR = "eval/accuracy_error"
 EVAL_PASS_AT_K = "eval/pass_at_k"
+EVAL_MAJ_AT_K = "eval/maj_at_k"
+EVAL_SAMPLED_ACCURACY = "eval/sampled_accuracy"
+EVAL_RESPONSE_LENGTH = "eval/response_length"
+EVAL_TRUNCATED_SHARE = "eval/truncated_share"
+EVAL_FAILED_GRADES = "eval/failed_grades"
 
 SAMPLES = "progress/samples"
 
@@ -109,6 +124,10 @@ METRICS: dict[str, MetricInfo] = {
     REWARD_MEAN: MetricInfo("mean reward"),
     REWARD_STD: MetricInfo("reward standard deviation"),
     REWARD_FAILED: MetricInfo("failed grades", "samples"),
+    REWARD_CORRECT: MetricInfo("mean grade before shaping"),
+    SHAPING_TERMS["format"]: MetricInfo("share in the format"),
+    SHAPING_TERMS["repetition"]: MetricInfo("share of repeated n-grams"),
+    SHAPING_TERMS["overlong"]: MetricInfo("share of the overlong cache used"),
     **{
         name: MetricInfo(f"failed grades, {reason.replace('_', ' ')}", "samples")
         for reason, name in FAILED_GRADES_BY_REASON.items()
@@ -126,6 +145,8 @@ METRICS: dict[str, MetricInfo] = {
     SAMPLER_MISMATCH: MetricInfo("sampler/trainer sequence log-prob gap", "nats/token"),
     SAMPLER_MISMATCH_MAX: MetricInfo("sampler/trainer log-prob gap (largest)", "nats/sequence"),
     SAMPLER_WEIGHT_SPREAD: MetricInfo("spread of trainer/sampler importance weights"),
+    IMPORTANCE_WEIGHT: MetricInfo("mean importance weight of a token"),
+    IMPORTANCE_CAPPED_SHARE: MetricInfo("share of tokens at the importance cap"),
     OBJECTIVE_VALUE: MetricInfo("objective"),
     GRAD_NORM: MetricInfo("gradient norm"),
     LEARNING_RATE: MetricInfo("learning rate"),
@@ -151,9 +172,56 @@ METRICS: dict[str, MetricInfo] = {
     STEP_SECONDS: MetricInfo("RL step", "s"),
     EVAL_ACCURACY: MetricInfo("held-out greedy accuracy"),
     EVAL_REWARD: MetricInfo("held-out greedy reward"),
+    EVAL_ACCURACY_ERROR: MetricInfo("standard error of the held-out greedy accuracy"),
     EVAL_PASS_AT_K: MetricInfo("held-out pass@k"),
+    EVAL_MAJ_AT_K: MetricInfo("held-out maj@k"),
+    EVAL_SAMPLED_ACCURACY: MetricInfo("held-out accuracy of samples"),
+    EVAL_RESPONSE_LENGTH: MetricInfo("held-out greedy response length", "tokens"),
+    EVAL_TRUNCATED_SHARE: MetricInfo("held-out greedy truncated share"),
+    EVAL_FAILED_GRADES: MetricInfo("failed grades of the evaluation", "completions"),
     SAMPLES: MetricInfo("samples", "completions"),
 }
+
+
+@dataclass(frozen=True)
+class KeptCompletion:
+    """A completion in ``samples.jsonl``.
+
+    Attributes:
+        text: as the task decodes it.
+        reward: null where the grade failed.
+        length: tokens, the end token included.
+        truncated: cut at the length limit.
+        failed: why the grade failed, a key of ``nemo_apo.grading.REASONS``; "" where it did not.
+    """
+
+    text: str
+    reward: float | None
+    length: int
+    truncated: bool
+    failed: str
+
+
+@dataclass(frozen=True)
+class KeptGroup:
+    """A line of ``samples.jsonl``: a prompt and all that was said to it, as it was drawn.
+
+    Attributes:
+        step: the RL step, from 1.
+        prompt, reference: what was asked, and the right answer; as graders are given them.
+        completions: those of the group, in the order of sampling.
+    """
+
+    step: int
+    prompt: str
+    reference: str
+    completions: tuple[KeptCompletion, ...]
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "KeptGroup":
+        """The inverse of ``dataclasses.asdict``."""
+        completions = tuple(KeptCompletion(**one) for one in values["completions"])
+        return cls(**{**values, "completions": completions})
 
 
 @dataclass

@@ -13,6 +13,7 @@ from nemo_apo import record
 from nemo_apo.core.alpha_schedule import Schedule, ScheduleState
 from nemo_apo.core.diagnostics import StepFigures, top_share
 from nemo_apo.core.effective_sample import effective_sample_share
+from nemo_apo.core.importance import truncated
 from nemo_apo.core.objectives import Apo, GroupBatch, Objective, Weighing
 from nemo_apo.core.objectives.anchored import anchored_coordinates
 from nemo_apo.core.settling import SequenceFigures
@@ -180,6 +181,21 @@ def sampler_metrics(figures: SequenceFigures) -> dict[str, float]:
         record.SAMPLER_MISMATCH: float(gap_N.abs().sum() / figures.lengths_N.sum()),
         record.SAMPLER_MISMATCH_MAX: float(gap_N.abs().max()),
         record.SAMPLER_WEIGHT_SPREAD: float(weight_N.std(correction=0) / weight_N.mean()),
+    }
+
+
+def importance_metrics(ratios_NT: Tensor, mask_NT: Tensor, cap: float) -> dict[str, float]:
+    """Mean weight of a completion token after truncation, and the share that was truncated.
+
+    Args:
+        ratios_NT: trainer/sampler importance ratios, 1 on other tokens.
+        mask_NT: true on completion tokens.
+        cap: see ``nemo_apo.core.importance``.
+    """
+    ratios_n = ratios_NT[mask_NT].to(torch.float64)
+    return {
+        record.IMPORTANCE_WEIGHT: float(truncated(ratios_n, cap).mean()),
+        record.IMPORTANCE_CAPPED_SHARE: float((ratios_n > cap).double().mean()),
     }
 
 

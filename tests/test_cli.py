@@ -148,6 +148,15 @@ class TestMistakes:
                 ["train", "grading.workers=1", "grading.grader='os.path:sep'"],
                 "grading.grader=os.path:sep: TypeError: is a str, which cannot be called",
             ),
+            (
+                [
+                    "train",
+                    "model.transformer_impl=transformer_engine",
+                    "model.params_dtype=bfloat16",
+                    "parallel.backend=gloo",
+                ],
+                "model.transformer_impl=transformer_engine: needs a CUDA device",
+            ),
             (["config", "run.name=a/b"], "run.name=a/b"),
             (["config", "parallel.tensor_model_parallel_size=0"], "must be at least 1"),
             (["report"], "required: RUN"),

@@ -13,7 +13,7 @@ import torch
 
 from nemo_apo import record
 from nemo_apo.bench.flops import model_flops
-from nemo_apo.config import Config, ConfigError
+from nemo_apo.config import Config, ConfigError, vocab_size
 from nemo_apo.core.alpha_schedule import ScheduleState
 from nemo_apo.parallel import layout as parallel_layout
 from nemo_apo.parallel.gather import all_gather_objects
@@ -142,10 +142,12 @@ def fit(config: Config, request: Request) -> Config:
         raise ConfigError(
             f"--sequences {request.sequences}: must be a multiple of rollout.group_size={size}"
         )
-    vocab = request.vocab or config.task.vocab_size
+    vocab = request.vocab or vocab_size(config)
     return replace(
         config,
         task=RandomTask(tokens=vocab, completion=request.length),
+        # Random weights take as long as any.
+        model=replace(config.model, path=None, vocab_size=None),
         rollout=replace(config.rollout, prompts=request.sequences // size),
     )
 

@@ -18,6 +18,8 @@ from nemo_apo import __version__
 from nemo_apo.cli import bench as bench_command
 from nemo_apo.cli import config as config_command
 from nemo_apo.cli import doctor as doctor_command
+from nemo_apo.cli import eval as eval_command
+from nemo_apo.cli import export as export_command
 from nemo_apo.cli import launch as launch_command
 from nemo_apo.cli import plan as plan_command
 from nemo_apo.cli import report as report_command
@@ -79,6 +81,19 @@ COMMANDS: dict[str, Command] = {
         add_arguments=doctor_command.add_arguments,
         main=doctor_command.main,
     ),
+    "eval": Command(
+        summary="evaluate a checkpoint on held-out prompts: accuracy, pass@k, majority vote",
+        examples=(
+            "nemo-apo eval runs/quickstart                   the newest checkpoint of a run",
+            "nemo-apo eval runs/quickstart --checkpoint best evaluation.prompts=2000",
+            "nemo-apo eval runs/quickstart --checkpoint 40 --json 40.json --samples 40.jsonl",
+            "nemo-apo eval runs/mine/checkpoints/step_000040 evaluation.pass_samples=64",
+            "nemo-apo eval model=hf model.path=/models/Qwen3-1.7B        before any training",
+            "torchrun --nproc-per-node 2 -m nemo_apo eval runs/quickstart parallel=tp2",
+        ),
+        add_arguments=eval_command.add_arguments,
+        main=eval_command.main,
+    ),
     "report": Command(
         summary="write report.html and report.png of one run, or of several overlaid",
         examples=(
@@ -98,6 +113,15 @@ COMMANDS: dict[str, Command] = {
         ),
         add_arguments=config_command.add_arguments,
         main=config_command.main,
+    ),
+    "export": Command(
+        summary="write a run's weights as a folder that Hugging Face's transformers loads",
+        examples=(
+            "nemo-apo export runs/mine exported/mine         the newest whole checkpoint",
+            "nemo-apo export runs/mine/checkpoints/step_000040 exported/step40 --dtype float32",
+        ),
+        add_arguments=export_command.add_arguments,
+        main=export_command.main,
     ),
     "plan": Command(
         summary="memory and communication per GPU of a layout, on paper, or the smallest that fits",

@@ -7,8 +7,9 @@ import sys
 import warnings
 from pathlib import Path
 
+from nemo_apo.cli.output_files import require_writable
 from nemo_apo.cli.overrides import add_config_arguments
-from nemo_apo.cli.train import world_size
+from nemo_apo.cli.train import require_transformer_impl, world_size
 from nemo_apo.compose import compose
 from nemo_apo.config import ConfigError, validate
 
@@ -59,7 +60,7 @@ def main(arguments: argparse.Namespace) -> None:
     Raises:
         ConfigError: for a value that cannot be measured, before anything is.
     """
-    _check_json(arguments.json)
+    require_writable("--json", arguments.json)
     # megatron-core says at import what it does without Apex and Transformer Engine.
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
     {"logprobs": _logprobs, "step": _step}[arguments.benchmark](arguments)
@@ -115,6 +116,7 @@ def _step(arguments: argparse.Namespace) -> None:
     )
     config = step.fit(config, request)
     validate(config, world_size())
+    require_transformer_impl(config)
     row, device = step.run(config, request)
     if os.environ.get("RANK", "0") != "0":
         return
@@ -146,12 +148,6 @@ def _among(option: str, values: list[str], choices: object) -> None:
     for value in values:
         if value not in names:
             raise ConfigError(f"{option} {value}: must be one of {', '.join(names)}")
-
-
-def _check_json(path: Path | None) -> None:
-    """Refuse a file that could not be written once everything is measured."""
-    if path is not None and (path.is_dir() or not path.parent.is_dir()):
-        raise ConfigError(f"--json {path}: must be a file in a folder that exists")
 
 
 def _check_device(device: str) -> None:

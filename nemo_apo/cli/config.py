@@ -28,7 +28,7 @@ def main(arguments: argparse.Namespace) -> None:
     config = composed(arguments)
     parallel = config.parallel
     ranks = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
-    validate(config, max(1, ranks))
+    validate(config, max(1, ranks), reads_files=False)
     print(to_yaml(config), end="")
 
 

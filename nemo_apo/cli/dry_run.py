@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from nemo_apo.config import Config
+from nemo_apo.compose.hf_model import checkpoint_line
+from nemo_apo.config import Config, vocab_size
 from nemo_apo.planning.run_memory import RunMemory, run_memory
 from nemo_apo.planning.settings import GPU_MEMORY
 from nemo_apo.planning.shapes import Shapes
@@ -30,7 +31,9 @@ def plan(config: Config, world_size: int) -> str:
         "warm start": _warm_start(config),
     }
     width = max(map(len, rows))
-    return "\n".join(f"{label.ljust(width)}  {text}" for label, text in rows.items())
+    lines = [f"{label.ljust(width)}  {text}" for label, text in rows.items()]
+    files = [*checkpoint_line(config), *config.task.check_files()]
+    return "\n".join([*lines, *(f"{'file'.ljust(width)}  {line}" for line in files)])
 
 
 def _folder(config: Config) -> str:
@@ -55,7 +58,7 @@ def _layout(config: Config, world_size: int) -> str:
 
 
 def _shapes(config: Config) -> Shapes:
-    return Shapes.of(config.model, config.task.vocab_size)
+    return Shapes.of(config.model, vocab_size(config))
 
 
 def _memory(memory: RunMemory) -> str:

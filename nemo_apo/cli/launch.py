@@ -10,10 +10,10 @@ from pathlib import Path
 
 from nemo_apo import __version__, record
 from nemo_apo.cli.overrides import add_config_arguments
+from nemo_apo.cli.train import require_grader
 from nemo_apo.compose import compose
-from nemo_apo.config import Config, ConfigError, validate
-from nemo_apo.grading import GradingBroken
-from nemo_apo.grading.service import check_grader
+from nemo_apo.compose.hf_model import check_checkpoint
+from nemo_apo.config import Config, ConfigError, check_task_data, validate
 from nemo_apo.launch import slurm
 from nemo_apo.launch.cluster import SECRET_NAME, Cluster, read_cluster
 from nemo_apo.launch.script import Launch, image_digest, render, render_report
@@ -33,7 +33,7 @@ _PLAIN_PATH = re.compile(r"[A-Za-z0-9_./+-]+")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     parser.add_argument("scheduler", choices=["slurm"], help="where to")
-    add_config_arguments(parser, "; and cluster=NAME, cluster=FILE.yaml, cluster.KEY=VALUE")
+    add_config_arguments(parser, before="cluster=NAME, cluster=FILE.yaml, cluster.KEY=VALUE; ")
     parser.add_argument("--dry-run", action="store_true", help="print the script, submit nothing")
     parser.add_argument(
         "--sweep",
@@ -92,6 +92,7 @@ def _launch(cluster: Cluster, arguments: argparse.Namespace, here: Path) -> Laun
         name=run.name,
         arguments=(*_file_arguments(arguments), *fixed),
         tokens=("WANDB_API_KEY",) if run.wandb else (),
+        readable=tuple(sorted({path for config in configs if (path := config.model.path)})),
         elements=tuple(elements),
         root=root,
         folder=logs / datetime.now().strftime("%Y%m%d-%H%M%S"),
@@ -113,7 +114,8 @@ def _file_arguments(arguments: argparse.Namespace) -> list[str]:
 def _check(config: Config, cluster: Cluster) -> None:
     """What ``nemo-apo train`` would check on the ranks of the job, as far as it is known here."""
     try:
-        validate(config, cluster.ranks)
+        # What a container holds cannot be seen from here.
+        validate(config, cluster.ranks, reads_files=cluster.container is None)
     except ConfigError as error:
         per_node = f"{cluster.nodes} nodes x {cluster.ranks_per_node} ranks"
         raise ConfigError(f"{error} (on {per_node} of the cluster)") from None
@@ -129,10 +131,9 @@ def _check(config: Config, cluster: Cluster) -> None:
                 f"{gigabytes(GPU_MEMORY[cluster.gpu])} (nemo-apo plan)"
             )
     if cluster.container is None:
-        try:
-            check_grader(config.grading, config.task)
-        except GradingBroken as broken:
-            raise ConfigError(f"grading.grader={config.grading.grader}: {broken}") from None
+        require_grader(config)
+        check_checkpoint(config)
+        check_task_data(config)
 
 
 def _check_path(path: Path) -> None:

@@ -6,15 +6,20 @@ from pathlib import Path
 from nemo_apo.compose import compose
 from nemo_apo.config import Config
 
+_OVERRIDES = "section.key=value, or group=option; see `nemo-apo config` and its --groups"
 
-def add_config_arguments(parser: argparse.ArgumentParser, more: str = "") -> None:
-    """Add overrides, ``--config`` and ``--config-dir``; ``more`` ends the help on overrides."""
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="OVERRIDE",
-        help="section.key=value, or group=option; see `nemo-apo config` and its --groups" + more,
-    )
+
+def add_config_arguments(
+    parser: argparse.ArgumentParser, metavar: str = "OVERRIDE", before: str = ""
+) -> None:
+    """Add overrides, ``--config`` and ``--config-dir``.
+
+    Args:
+        parser: of the command.
+        metavar: what the overrides are called in its help.
+        before: what its help says may stand among them.
+    """
+    parser.add_argument("overrides", nargs="*", metavar=metavar, help=f"{before}{_OVERRIDES}")
     parser.add_argument(
         "--config",
         type=Path,

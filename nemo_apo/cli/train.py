@@ -1,14 +1,17 @@
 """``nemo-apo train``: compose, check, then train, or with ``run.dry_run=true`` print the plan."""
 
 import argparse
+import contextlib
 import importlib.util
 import os
 import sys
 import warnings
+from collections.abc import Iterator, Mapping
 
 from nemo_apo.cli.dry_run import plan
 from nemo_apo.cli.overrides import add_config_arguments, composed
-from nemo_apo.config import Config, ConfigError, RunConfig, require, validate
+from nemo_apo.compose.hf_model import check_checkpoint
+from nemo_apo.config import Config, ConfigError, RunConfig, check_task_data, require, validate
 from nemo_apo.grading import GradingBroken
 from nemo_apo.grading.service import check_grader
 from nemo_apo.planning.memory import gigabytes
@@ -20,6 +23,7 @@ _FALLBACKS = (
     "Apex is not installed",
     "full scope is deprecated",
 )
+_CHECKPOINTING = (r"megatron\.core\.dist_checkpointing", r"torch\.distributed\.checkpoint")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,27 +41,51 @@ def main(arguments: argparse.Namespace) -> None:
     """
     config = composed(arguments)
     ranks = world_size()
-    validate(config, ranks)
-    _check_grader(config)
+    dry = config.run.dry_run
+    validate(config, ranks, reads_files=not dry)
+    require_grader(config)
     if config.run.check_memory:
         _check_memory(config, ranks, gpu_memory(config.parallel.backend))
     first = os.environ.get("RANK", "0") == "0"
-    if config.run.dry_run:
+    if dry:
         if first:
-            print(plan(config, ranks))
+            print(plan(config, ranks), flush=True)
+        validate(config, ranks)
+        check_checkpoint(config)
+    require_transformer_impl(config)
+    for line in check_task_data(config):
+        if first:
+            print(line, flush=True)
+    if dry:
         return
-    _ignore_fallback_warnings()
-    _require_packages(config.run)
+    ignore_fallback_warnings()
+    _require_packages_of(config.run)
+    from nemo_apo.trainer.loop import run
+
+    with ended_by_status("run.if_exists=resume goes on"):
+        run(config)
+
+
+@contextlib.contextmanager
+def ended_by_status(how_to_go_on: str) -> Iterator[None]:
+    """Work of the ranks; what ends it early becomes an exit status and one message.
+
+    Args:
+        how_to_go_on: said after a signal or ``run.max_time``.
+
+    Raises:
+        SystemExit: see ``main``.
+    """
     from nemo_apo.parallel.liveness import RanksLost
     from nemo_apo.trainer.interruption import EXIT_STOPPED_EARLY, StoppedEarly
-    from nemo_apo.trainer.loop import run
     from nemo_apo.trainer.run_folder import TrainingStopped
 
+    first = os.environ.get("RANK", "0") == "0"
     try:
-        run(config)
+        yield
     except StoppedEarly as stopped:
         if first:
-            print(f"nemo-apo: stopped early: {stopped}; run.if_exists=resume goes on", flush=True)
+            print(f"nemo-apo: stopped early: {stopped}; {how_to_go_on}", flush=True)
         raise SystemExit(EXIT_STOPPED_EARLY) from None
     except RanksLost as lost:
         # Any rank may be the one that says it. What is left of the groups would wait at an
@@ -93,7 +121,17 @@ def _check_memory(config: Config, ranks: int, available: int | None) -> None:
     )
 
 
-def _check_grader(config: Config) -> None:
+def require_transformer_impl(config: Config) -> None:
+    """Raise ``ConfigError`` for transformer layers that cannot run on this machine."""
+    import torch
+
+    from nemo_apo.trainer.transformer_impl import chosen_impl
+
+    on_gpu = config.parallel.backend != "gloo" and torch.cuda.is_available()
+    chosen_impl(config.model, on_gpu)
+
+
+def require_grader(config: Config) -> None:
     """Raise ``ConfigError`` for a grader that a worker cannot import or call."""
     try:
         check_grader(config.grading, config.task)
@@ -101,13 +139,16 @@ def _check_grader(config: Config) -> None:
         raise ConfigError(f"grading.grader={config.grading.grader}: {broken}") from None
 
 
-def _ignore_fallback_warnings() -> None:
+def ignore_fallback_warnings() -> None:
     """megatron-core says at import, several times over, what it uses without Apex and TE.
 
     The embedded trainer chooses those fallbacks itself, and the README states it.
     """
     for message in _FALLBACKS:
         warnings.filterwarnings("ignore", message=message, category=UserWarning)
+    # What megatron's and torch's own code for checkpoints will have to change in itself.
+    for module in _CHECKPOINTING:
+        warnings.filterwarnings("ignore", category=FutureWarning, module=module)
 
 
 def world_size() -> int:
@@ -118,7 +159,7 @@ def world_size() -> int:
     return int(value)
 
 
-def _require_packages(run: RunConfig) -> None:
+def _require_packages_of(run: RunConfig) -> None:
     """Raise ``ConfigError`` if training would fail, perhaps at its end, for a missing package."""
     needed = {"megatron": "trainer"}
     if run.tensorboard:
@@ -127,6 +168,11 @@ def _require_packages(run: RunConfig) -> None:
         needed |= dict.fromkeys(("matplotlib", "plotly", "jinja2"), "report")
     if run.wandb:
         needed["wandb"] = "wandb"
+    require_packages(needed)
+
+
+def require_packages(needed: Mapping[str, str]) -> None:
+    """Raise ``ConfigError`` for a package that is missing; the extra of each brings it."""
     for package, extra in needed.items():
         if importlib.util.find_spec(package) is None:
             raise ConfigError(

@@ -21,6 +21,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_apo.compose.files import EXPERIMENT, conf_dir, group_options
+from nemo_apo.compose.hf_model import with_checkpoint_shapes
 from nemo_apo.compose.schema import (
     all_keys,
     assigned,
@@ -55,7 +56,7 @@ def compose(
     written = from_file(config_file, options) if config_file else Settings()
     # An option chosen on the command line replaces the file's section, values and all.
     for group, option in given.options.items():
-        if group in written.options and written.options[group] != option:
+        if written.options.get(group) != option:
             written = written.without(group)
     settings = written.overlaid(given)
     tree = _compose_files(settings.options, config_dir)
@@ -94,18 +95,18 @@ def _hydra_tree(chosen: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _resolved(tree: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """The tree with the values put in and interpolations resolved."""
+    """The tree with the values, interpolations resolved and a checkpoint's shapes filled in."""
     for key, value in values.items():
         section, leaf = key.split(".")
         if isinstance(tree.get(section), dict):
             tree[section][leaf] = value
     try:
-        resolved = OmegaConf.to_container(
-            OmegaConf.create(tree), resolve=True, throw_on_missing=True
-        )
+        resolved = OmegaConf.to_container(OmegaConf.create(tree), resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key}: {first_line(error)}") from None
     assert isinstance(resolved, dict)
+    if isinstance(resolved.get("model"), dict):
+        resolved["model"] = with_checkpoint_shapes(resolved["model"])
     return {str(section): content for section, content in resolved.items()}
 
 

@@ -30,6 +30,11 @@ _KINDS = {
     float: "a number (float)",
     str: "text (str)",
 }
+# Lists by what they hold, and the rule for a person.
+_LISTS: dict[Any, tuple[type, str]] = {
+    tuple[str, ...]: (str, "a list of names, such as [task,tau]"),
+    tuple[int, ...]: (int, "a list of whole numbers, such as [3,4]"),
+}
 
 
 @dataclass(frozen=True)
@@ -121,7 +126,7 @@ def shown(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, tuple):
-        return f"[{','.join(value)}]"
+        return f"[{','.join(map(str, value))}]"
     return str(value)
 
 
@@ -196,8 +201,8 @@ def _check_type(key: str, value: object, hint: Any) -> None:
     kind = next(arg for arg in typing.get_args(hint) if arg is not type(None)) if optional else hint
     if value is None and optional:
         return
-    if kind == tuple[str, ...]:
-        _check_names(key, value)
+    if kind in _LISTS:
+        _check_list(key, value, kind)
         return
     fits = type(value) is kind or (kind is float and type(value) is int)
     if not fits or (isinstance(value, float) and math.isnan(value)):
@@ -207,9 +212,10 @@ def _check_type(key: str, value: object, hint: Any) -> None:
         raise ConfigError(f"{assigned(key, value)}: must be {expected}{quote}")
 
 
-def _check_names(key: str, value: object) -> None:
-    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-        raise ConfigError(f"{assigned(key, value)}: must be a list of names, such as [task,tau]")
+def _check_list(key: str, value: object, kind: Any) -> None:
+    item, rule = _LISTS[kind]
+    if not isinstance(value, list) or not all(type(element) is item for element in value):
+        raise ConfigError(f"{assigned(key, value)}: must be {rule}")
 
 
 def first_line(error: Exception) -> str:

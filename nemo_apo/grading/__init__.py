@@ -12,5 +12,6 @@ from nemo_apo.grading.outcome import REASONS, Grade
 from nemo_apo.grading.pool import GradingBroken
 from nemo_apo.grading.service import Grading
 from nemo_apo.grading.settings import GradingSettings, Sample
+from nemo_apo.grading.shaping import Shaping
 
-__all__ = ["REASONS", "Grade", "Grading", "GradingBroken", "GradingSettings", "Sample"]
+__all__ = ["REASONS", "Grade", "Grading", "GradingBroken", "GradingSettings", "Sample", "Shaping"]

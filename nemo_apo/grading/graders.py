@@ -7,6 +7,7 @@ from collections.abc import Callable
 from nemo_apo.grading.answers import answer_or_all
 from nemo_apo.grading.math_answers import math_grader
 from nemo_apo.grading.settings import GradingSettings
+from nemo_apo.grading.writing import plain
 
 TextGrader = Callable[[str, str, str], object]
 
@@ -16,6 +17,10 @@ _NUMBER = re.compile(
     r"[+-]?(?:\d{1,3}(?:,\d{3})+|\d{1,100})?(?:\.\d{0,100})?(?:[eE][+-]?\d{1,3})?", re.ASCII
 )
 _LONGEST_NUMBER = 300
+# What stands around a number in an answer: a name, thousands in LaTeX, a unit.
+_NAME = re.compile(r"[A-Za-z]\s*=\s*")
+_THIN_SPACE = re.compile(r"\\[,!;: ]")
+_UNIT = re.compile(r"(?:\s*\\(?:text|mathrm|mbox)\s*\{[^{}]*\}|\s+[A-Za-z][A-Za-z ]*)$")
 
 
 def exact_match(prompt: str, completion: str, reference: str) -> float:
@@ -38,6 +43,15 @@ def number(text: str) -> float | None:
     return value if math.isfinite(value) else None
 
 
+def without_surroundings(answer: str) -> str:
+    """An answer without the name before a number and the unit after it: ``x = 5 cm`` is ``5``."""
+    text = plain(answer[:_LONGEST_NUMBER]).strip()
+    if text.startswith("$") and text.endswith("$"):
+        text = text.strip("$").strip()
+    text = _THIN_SPACE.sub("", text.replace("{,}", ","))
+    return _UNIT.sub("", _NAME.sub("", text, count=1) if _NAME.match(text) else text)
+
+
 def _decimal(text: str) -> float | None:
     if not _NUMBER.fullmatch(text) or not any(character.isdigit() for character in text):
         return None
@@ -58,7 +72,10 @@ def numeric(tolerance: float) -> TextGrader:
         wanted = number(reference)
         if wanted is None:
             raise ValueError("the reference is no number")
-        answer = number(answer_or_all(completion))
+        said = answer_or_all(completion)
+        answer = number(said)
+        if answer is None:
+            answer = number(without_surroundings(said))
         near = tolerance * max(1.0, abs(wanted))
         return float(answer is not None and abs(answer - wanted) <= near)
 

@@ -4,8 +4,8 @@ A model's answer can reach ``eval`` there. The digits of every number go through
 as does all of what math-verify's plain-text extraction finds (not used here: answers are read as
 LaTeX only), and SymPy evaluates an infinite sum by ``lambdify``, which compiles Python source that
 names the answer's symbols. Hence three barriers: answers that no person would write are refused;
-while an answer is being compared, compiling source is refused unless it is a number; and the
-process can be killed and may write nothing.
+while an answer is being compared, compiling source is refused unless it is a number or SymPy's own
+arithmetic of monomials; and the process can be killed and may write nothing.
 """
 
 import contextlib
@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 
 from nemo_apo.grading.answers import marked_answer
 from nemo_apo.grading.outcome import Refused
+from nemo_apo.grading.writing import alternatives, plain, same_words
 
 LONGEST_ANSWER = 2000
 DEEPEST_NESTING = 32
@@ -28,6 +29,12 @@ _CODE = re.compile(
 )
 # How SymPy evaluates the digits of a number, after a fixed import.
 _NUMBER_SOURCE = re.compile(r"from sympy import \*|(?:Integer|Float) \('?[\d.eE+-]+'? \)", re.ASCII)
+# How SymPy makes the arithmetic of monomials for a number of variables; no name is the answer's.
+_MONOMIAL_SOURCE = re.compile(
+    r"def monomial_(?:mul|pow|mulpow|ldiv|div|lcm|gcd)\((?:A, B|A, k|A, B, k)\):\n"
+    r"(?:    (?:(?:return|if|else|None|A|B|k|[abr]\d+|0)(?![\w(])|[ (),*<>=+:-])+\n)+",
+    re.ASCII,
+)
 _EVENTS = frozenset(
     {"os.system", "os.exec", "os.fork", "os.posix_spawn", "subprocess.Popen", "socket.__new__"}
 )
@@ -67,8 +74,8 @@ def math_grader() -> Callable[[str, str, str], float]:
     def parsed(latex: str) -> list:
         return parse(f"\\boxed{{{latex}}}", targets, parsing_timeout=None)
 
-    def compare(reference: str, answer: str) -> float:
-        return float(verify(parsed(reference), parsed(answer), timeout_seconds=None))
+    def compare(reference: str, answer: str) -> bool:
+        return verify(parsed(reference), parsed(answer), timeout_seconds=None)
 
     def grade(prompt: str, completion: str, reference: str) -> float:
         answer = marked_answer(completion)
@@ -76,8 +83,12 @@ def math_grader() -> Callable[[str, str, str], float]:
             return 0.0
         check_answer(reference)
         check_answer(answer)
+        reference, answer = plain(reference), plain(answer)
+        if same_words(reference, answer):
+            return 1.0
         with _no_code():
-            return compare(reference, answer)
+            pairs = [(reference, answer), *alternatives(reference, answer)]
+            return float(any(compare(*pair) for pair in pairs))
 
     # What SymPy imports when it first simplifies takes longer than all that follows.
     compare("(x+1)^2", "x^2+2x")
@@ -104,9 +115,10 @@ def _refuse_code(event: str, arguments: tuple) -> None:
 
 
 def _is_foreign(source: object, filename: object) -> bool:
-    """Whether source comes from a string (a module's comes from a file) and is not a number."""
+    """Whether source comes from a string (a module's comes from a file) and is not SymPy's own."""
     text = source.decode() if isinstance(source, bytes) else str(source)
-    return str(filename).startswith("<") and not _NUMBER_SOURCE.fullmatch(text)
+    known = _NUMBER_SOURCE.fullmatch(text) or _MONOMIAL_SOURCE.fullmatch(text)
+    return str(filename).startswith("<") and not known
 
 
 def _importing() -> bool:

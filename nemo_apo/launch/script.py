@@ -22,6 +22,7 @@ class Launch:
         name: of the run, or of the sweep.
         arguments: of ``nemo-apo train``, for every run.
         tokens: environment variables that the run needs.
+        readable: paths that it reads on every node.
         elements: the runs of a sweep, empty for a single one.
         root: folder of the run folders, absolute.
         folder: of this launch, for its script, logs and state, absolute.
@@ -33,6 +34,7 @@ class Launch:
     name: str
     arguments: tuple[str, ...]
     tokens: tuple[str, ...]
+    readable: tuple[str, ...]
     elements: tuple[Element, ...]
     root: Path
     folder: Path
@@ -195,11 +197,12 @@ def _srun_options(launch: Launch) -> list[str]:
 def _doctor_options(launch: Launch) -> list[str]:
     """What the nodes are to be checked for besides what every job needs."""
     cluster = launch.cluster
-    options = [f"--gpus={cluster.gpus_per_node}", *(f"--token={name}" for name in launch.tokens)]
-    for mount in cluster.mounts:
-        host, _, inside = mount.partition(":")
-        options.append(f"--readable={inside.partition(':')[0] or host}")
-    return options
+    inside = [(mount.split(":") * 2)[1] for mount in cluster.mounts]
+    return [
+        f"--gpus={cluster.gpus_per_node}",
+        *(f"--token={name}" for name in launch.tokens),
+        *(f"--readable={path}" for path in (*launch.readable, *inside)),
+    ]
 
 
 def _list(name: str, values: Sequence[str]) -> list[str]:

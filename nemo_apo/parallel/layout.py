@@ -128,19 +128,29 @@ def shut_down() -> None:
         dist.destroy_process_group()
 
 
-def single_rank_groups() -> ProcessGroupCollection:
-    """Groups that hold this rank alone, for a model replica without model parallelism.
+def copy_groups(tensor_size: int) -> ProcessGroupCollection:
+    """Groups of a whole model on ``tensor_size`` ranks that stand next to one another.
 
-    Every rank has to call this at the same time: making a process group is collective.
+    Tensor parallelism is all the parallelism it has; 1 is a model on this rank alone. Every rank
+    has to call this at the same time: making a process group is collective.
     """
-    alone = None
-    for rank in range(dist.get_world_size()):
-        group = dist.new_group([rank])
-        if rank == dist.get_rank():
-            alone = group
-    names = ("tp", "pp", "cp", "dp", "dp_cp", "mp", "embd", "pos_embd", "tp_cp", "ep", "expt_tp")
-    names += ("tp_ep", "tp_ep_pp", "expt_dp")
-    return ProcessGroupCollection(**dict.fromkeys(names, alone))
+    alone, together = _group_of(1), _group_of(tensor_size)
+    names = ("pp", "cp", "dp", "dp_cp", "embd", "pos_embd", "ep", "expt_tp", "tp_ep", "tp_ep_pp")
+    names += ("expt_dp",)
+    tensor = dict.fromkeys(("tp", "mp", "tp_cp"), together)
+    return ProcessGroupCollection(**dict.fromkeys(names, alone), **tensor)
+
+
+def _group_of(size: int) -> dist.ProcessGroup:
+    """This rank's group, where ranks are cut into groups of ``size`` in order."""
+    mine = None
+    for first in range(0, dist.get_world_size(), size):
+        members = range(first, first + size)
+        group = dist.new_group(list(members))
+        if dist.get_rank() in members:
+            mine = group
+    assert mine is not None, "the size divides the number of ranks"
+    return mine
 
 
 def _backend(requested: str) -> str:

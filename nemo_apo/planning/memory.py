@@ -102,7 +102,7 @@ def fullest_stage(question: Question, shapes: Shapes, layout: Layout) -> tuple[i
 def stage_parameters(shapes: Shapes, layout: Layout, stage: int) -> int:
     """Parameters on one GPU of a stage; a tied embedding has a copy on the last stage."""
     layers = shapes.layers // layout.pipeline
-    held = layers * (shapes.layer_matrices // layout.tensor + shapes.layer_norms)
+    held = layers * (shapes.layer_divided // layout.tensor + shapes.layer_norms)
     is_first, is_last = stage == 0, stage == layout.pipeline - 1
     matrices = int(is_first) + int(is_last and not (is_first and shapes.tied))
     return held + matrices * (shapes.embedding // layout.tensor) + is_last * shapes.hidden

@@ -82,7 +82,7 @@ def make_plan(question: Question) -> Plan:
     Raises:
         Refused: if what is given does not divide, or nothing fits.
     """
-    shapes = Shapes.of(question.model, question.workload.vocab_size)
+    shapes = Shapes.of(question.model, question.vocab_size)
     rejected: list[Rejected] = []
     sizes = sorted(_sizes(question, shapes), key=_order)
     for gpus, same in itertools.groupby(sizes, key=math.prod):

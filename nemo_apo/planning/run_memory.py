@@ -4,7 +4,7 @@ What is held all the time, on the fullest pipeline stage:
 
     training        weights, gradients and optimizer, as in ``memory``
     copies          the policy at the start of RL, an ``ema`` or ``lagged`` anchor
-    replica         the whole model once more, which samples for a model-parallel policy
+    replica         the model that samples, where it is not the one under training
 
 and the larger of three, which are never held together:
 
@@ -19,7 +19,7 @@ allocator loses to fragments comes on top. Computed, not measured.
 
 from dataclasses import dataclass, replace
 
-from nemo_apo.config import Config
+from nemo_apo.config import Config, vocab_size
 from nemo_apo.planning.activations import FLOAT, local_tokens, split
 from nemo_apo.planning.layout import Layout
 from nemo_apo.planning.memory import (
@@ -61,7 +61,7 @@ class RunMemory:
 def run_memory(config: Config, world_size: int) -> RunMemory:
     """The memory of a valid configuration on ``world_size`` ranks."""
     question = _question(config, world_size)
-    shapes = Shapes.of(config.model, question.workload.vocab_size)
+    shapes = Shapes.of(config.model, question.vocab_size)
     layout = _layout(config, world_size, question)
     stage, training = fullest_stage(question, shapes, layout)
     held = {
@@ -69,7 +69,7 @@ def run_memory(config: Config, world_size: int) -> RunMemory:
         "gradients": training.gradients,
         "optimizer": training.optimizer,
         "copies": _copies(config) * training.weights,
-        "replica": question.number_bytes * shapes.parameters if layout.model_ranks > 1 else 0,
+        "replica": _replica(config, question, shapes, layout),
     }
     assert training.weights == question.number_bytes * stage_parameters(shapes, layout, stage)
     phases = {
@@ -99,7 +99,7 @@ def _question(config: Config, world_size: int) -> Question:
             sequence_length=task.max_prompt_length + task.max_response_length,
             sequences=rollout.prompts * rollout.group_size // update.mini_batches,
             micro_batch_size=update.micro_batch_size,
-            vocab_size=task.vocab_size,
+            vocab_size=vocab_size(config),
             attention="gathered" if parallel.context_parallel_size > 1 else "unfused",
         ),
     )
@@ -135,6 +135,15 @@ def _copies(config: Config) -> int:
     )
 
 
+def _replica(config: Config, question: Question, shapes: Shapes, layout: Layout) -> int:
+    """The model that samples, 0 where the one under training is laid out as it is asked for."""
+    ranks = config.rollout.tensor_model_parallel_size
+    like = (layout.pipeline * layout.context, layout.tensor) == (1, ranks)
+    if like and not layout.sequence_parallel:
+        return 0
+    return question.number_bytes * split(shapes.parameters, ranks)
+
+
 def _step(training: Memory) -> int:
     return training.activations + training.working + training.log_probs
 
@@ -152,13 +161,14 @@ def _log_prob_pass(config: Config, question: Question, shapes: Shapes, layout: L
 
 
 def _sampling(config: Config, question: Question, shapes: Shapes, world_size: int) -> int:
-    """A batch of the sampler, which runs the whole model on a rank alone."""
+    """A batch of the sampler on one of the ranks that share its model."""
     task, number = config.task, question.number_bytes
-    wanted = split(config.rollout.prompts * config.rollout.group_size, world_size)
+    ranks = config.rollout.tensor_model_parallel_size
+    wanted = split(config.rollout.prompts * config.rollout.group_size, world_size // ranks)
     rows = min(config.rollout.micro_batch_size, wanted)
     tokens = rows * question.workload.sequence_length
-    cache = 2 * number * shapes.layers * shapes.key_width * tokens
+    cache = split(2 * number * shapes.layers * shapes.key_width * tokens, ranks)
     prompt = task.max_prompt_length
-    prefill = (number + 2 * FLOAT) * rows * shapes.heads * prompt * prompt
+    prefill = split((number + 2 * FLOAT) * rows * shapes.heads * prompt * prompt, ranks)
     distribution = 3 * _DOUBLE * rows * shapes.vocabulary
     return cache + max(prefill, distribution)

@@ -11,6 +11,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from nemo_apo.compose.files import conf_dir, group_options
+from nemo_apo.compose.hf_model import with_checkpoint_shapes
 from nemo_apo.compose.schema import Schema, assigned, shown, suggestion, typed_section, unknown_key
 from nemo_apo.config import RECOMPUTE, Config, ConfigError, ModelConfig, validate
 
@@ -119,7 +120,7 @@ class Workload:
         sequence_length: tokens of a sequence, prompt and completion, padding included.
         sequences: sequences of an optimizer step, on all GPUs together.
         micro_batch_size: sequences of one forward and backward.
-        vocab_size: of the model's tokenizer; whatever task it is trained on.
+        vocab_size: tokens that the model knows; null is what the model's file states.
         attention: "fused" (Transformer Engine's layers, scores never stored), "unfused"
             (megatron-core's local layers, scores stored, no context parallelism) or "gathered"
             (these with the trainer's attention, which gathers keys over the context ranks).
@@ -129,7 +130,7 @@ class Workload:
     sequence_length: int = 4096
     sequences: int = 512
     micro_batch_size: int = 1
-    vocab_size: int = 151936
+    vocab_size: int | None = None
     attention: str = "fused"
     reference_on_gpu: bool = False
 
@@ -171,6 +172,17 @@ class Question:
     parallel: Parallel = field(default_factory=Parallel)
     workload: Workload = field(default_factory=Workload)
     sampler: Sampler = field(default_factory=Sampler)
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that the model knows, without padding."""
+        own = self.workload.vocab_size
+        size = self.model.vocab_size if own is None else own
+        if size is None:
+            raise ConfigError(
+                f"workload.vocab_size=null: must be set, as model={self.model.name} states none"
+            )
+        return size
 
     @property
     def number_bytes(self) -> int:
@@ -217,7 +229,7 @@ def read_question(overrides: Sequence[str]) -> Question:
             continue
         section, _, leaf = _full_key(key, value).partition(".")
         values[section][leaf] = value
-    values[MODEL] = {**_model_file(name), **values[MODEL]}
+    values[MODEL] = with_checkpoint_shapes({**_model_file(name), **values[MODEL]})
     question = Question(
         **{section: typed_section(section, given, SCHEMA) for section, given in values.items()}
     )

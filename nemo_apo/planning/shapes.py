@@ -4,9 +4,10 @@ With hidden size h, feed-forward size f, a query heads and g key/value heads of 
 layers and V vocabulary rows:
 
     layer   h (a + 2 g) d  +  a d h  +  3 h f  +  2 h  +  2 d       qkv, output, SwiGLU, norms
+            +  (a + 2 g) d                                          biases of qkv (Qwen2.5)
     model   L layers  +  V h  (twice unless tied)  +  h             embeddings, final norm
 
-The 2 d are the norms of query and key. Nothing has a bias.
+The 2 d are the norms of query and key (Qwen3). Nothing else has a bias.
 """
 
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ class Shapes:
         vocabulary: V, padding included.
         tied: one matrix is both embedding and output layer.
         query_key_norms: queries and keys are normalized.
+        qkv_bias: queries, keys and values have a bias.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Shapes:
     vocabulary: int
     tied: bool
     query_key_norms: bool
+    qkv_bias: bool = False
 
     @classmethod
     def of(cls, model: ModelConfig, vocab_size: int) -> "Shapes":
@@ -51,6 +54,7 @@ class Shapes:
             vocabulary=padded_vocab_size(vocab_size, model),
             tied=model.tied_embeddings,
             query_key_norms=model.qk_layernorm,
+            qkv_bias=model.add_qkv_bias,
         )
 
     @property
@@ -64,10 +68,11 @@ class Shapes:
         return self.groups * self.head_size
 
     @property
-    def layer_matrices(self) -> int:
+    def layer_divided(self) -> int:
         """Parameters of a layer that tensor parallelism divides."""
         attention = self.hidden * (2 * self.query_width + 2 * self.key_width)
-        return attention + 3 * self.hidden * self.feed_forward
+        biases = self.query_width + 2 * self.key_width if self.qkv_bias else 0
+        return attention + biases + 3 * self.hidden * self.feed_forward
 
     @property
     def layer_norms(self) -> int:
@@ -83,4 +88,4 @@ class Shapes:
     def parameters(self) -> int:
         """Parameters of the model, each counted once."""
         ends = self.embedding * (1 if self.tied else 2) + self.hidden
-        return self.layers * (self.layer_matrices + self.layer_norms) + ends
+        return self.layers * (self.layer_divided + self.layer_norms) + ends

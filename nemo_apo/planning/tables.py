@@ -76,7 +76,7 @@ def lengths() -> str:
 def sizes() -> str:
     """Qwen3-8B on 4 nodes, one parallel size changed at a time, whether it fits or not."""
     question = _question("qwen3_8b", nodes=4, length=8192)
-    shapes = Shapes.of(question.model, question.workload.vocab_size)
+    shapes = Shapes.of(question.model, question.vocab_size)
     one_by_one = [(n, 1, 1) for n in (1, 2, 4, 8)]
     one_by_one += [(1, n, 1) for n in (2, 4)] + [(1, 1, n) for n in (2, 4)]
     rows = [_layout_row(question, shapes, *layout) for layout in (*one_by_one, (2, 2, 2))]
@@ -118,7 +118,8 @@ def _question(
 
 
 def _shapes(name: str) -> Shapes:
-    return Shapes.of(model_named(name), Workload().vocab_size)
+    question = _question(name, nodes=1)
+    return Shapes.of(question.model, question.vocab_size)
 
 
 def _answer(question: Question) -> Plan | None:

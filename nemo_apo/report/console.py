@@ -46,6 +46,7 @@ _PLAIN_METRICS: tuple[tuple[str, str], ...] = (
 _PLAIN_EVALUATION: tuple[tuple[str, str], ...] = (
     ("accuracy", record.EVAL_ACCURACY),
     ("pass@k", record.EVAL_PASS_AT_K),
+    ("maj@k", record.EVAL_MAJ_AT_K),
 )
 
 

@@ -48,6 +48,18 @@ def clock_text(seconds: float | None) -> str:
     return f"{hours}:{minutes_left:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
+def visible(text: str) -> str:
+    """``text`` with line breaks and tabs, and anything else without a glyph as an escape.
+
+    Control characters, marks that turn the direction of writing and halves of surrogate pairs are
+    then read as what they are, and the text can be written in UTF-8.
+    """
+    return "".join(
+        c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode("ascii")
+        for c in text
+    )
+
+
 def printable(text: str) -> str:
     """``text`` on one line without control characters, which could steer a terminal."""
     return "".join(c if c.isprintable() else " " for c in text).strip()

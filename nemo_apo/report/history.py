@@ -18,11 +18,14 @@ from nemo_apo.record import (
     EVAL_ACCURACY,
     FINDINGS,
     METRICS_FILE,
+    SAMPLES_FILE,
     STEP,
     SUMMARY_FILE,
+    KeptGroup,
     Summary,
 )
 from nemo_apo.report.formats import printable
+from nemo_apo.report.samples import read_samples
 
 
 class RunFolderError(ValueError):
@@ -74,7 +77,8 @@ class Run:
         summary: None while the run is unfinished.
         config: the resolved configuration.
         config_text: the same, as it stands in the file.
-        truncated_lines: half-written last lines that were skipped (0 or 1).
+        truncated_lines: half-written last lines of metrics that were skipped (0 or 1).
+        samples: groups whose completions were kept, in the order of steps.
     """
 
     folder: Path
@@ -84,6 +88,7 @@ class Run:
     config: dict[str, Any]
     config_text: str
     truncated_lines: int
+    samples: tuple[KeptGroup, ...] = ()
 
     def series(self, metric: str) -> tuple[list[int], list[float | None]]:
         """Steps at which ``metric`` was written, and its values (None where not finite)."""
@@ -155,7 +160,15 @@ def read_run(folder: Path) -> Run:
         config=config,
         config_text=config_text,
         truncated_lines=truncated_lines,
+        samples=_read_samples(folder),
     )
+
+
+def _read_samples(folder: Path) -> tuple[KeptGroup, ...]:
+    try:
+        return read_samples(folder / SAMPLES_FILE)
+    except ValueError as error:
+        raise RunFolderError(str(error)) from error
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:

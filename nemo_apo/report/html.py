@@ -12,6 +12,7 @@ from nemo_apo.report.formats import printable
 from nemo_apo.report.history import FindingSpan, Run
 from nemo_apo.report.panels import colour, split_by_data
 from nemo_apo.report.plotly_figures import panel_figure, panel_key
+from nemo_apo.report.samples import shown_groups
 
 _TEMPLATE = "template.html"
 
@@ -44,6 +45,7 @@ def render_html(runs: Sequence[Run]) -> str:
         plots=[panel_figure(panel, runs) for panel in shown],
         empty_titles=[panel.title for panel in empty],
         findings=[row for i, run in enumerate(runs) for row in _finding_rows(i, run)],
+        samples=[shown_groups(run.samples) for run in runs],
         differences=config_differences(runs) if len(runs) > 1 else [],
         notices=[notice for run in runs for notice in _notices(run)],
         plotly_js=_plotly_js(),

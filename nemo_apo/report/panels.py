@@ -55,10 +55,10 @@ PANELS: tuple[Panel, ...] = (
     ),
     Panel(
         "Held-out accuracy",
-        (record.EVAL_ACCURACY, record.EVAL_PASS_AT_K),
+        (record.EVAL_ACCURACY, record.EVAL_PASS_AT_K, record.EVAL_MAJ_AT_K),
         "share of prompts",
-        "Greedy accuracy is what the policy does, pass@k what it still can do: the two meeting "
-        "means that diversity is spent.",
+        "Greedy accuracy is what the policy does, maj@k what k samples elect, pass@k what it still "
+        "can do: first and last meeting means that diversity is spent.",
         (0.0, 1.0),
     ),
     Panel(
@@ -124,17 +124,18 @@ PANELS: tuple[Panel, ...] = (
     ),
     Panel(
         "Response length",
-        (record.RESPONSE_LENGTH,),
+        (record.RESPONSE_LENGTH, record.EVAL_RESPONSE_LENGTH),
         "tokens",
-        "Mean length of the sampled completions; steady growth with a flat reward is padding.",
+        "Mean length of the sampled completions, and of greedy ones on held-out prompts; steady "
+        "growth with a flat reward is padding.",
         (0.0, None),
     ),
     Panel(
         "Truncated and clipped shares",
-        (record.TRUNCATED_SHARE, record.CLIPPED_SHARE),
+        (record.TRUNCATED_SHARE, record.CLIPPED_SHARE, record.EVAL_TRUNCATED_SHARE),
         "share",
-        "Completions that hit the length limit, and terms held back by a clip: both are signal "
-        "that the update did not get.",
+        "Completions that hit the length limit, sampled or greedy ones of held-out prompts, and "
+        "terms held back by a clip: signal that the update did not get.",
         (0.0, None),
     ),
     Panel(
@@ -196,6 +197,14 @@ PANELS: tuple[Panel, ...] = (
         "nats per token",
         "Gap between the log-probs of the sampler and of the trainer: it should stay near 0, or "
         "the ratios are of the wrong policy.",
+        (0.0, None),
+    ),
+    Panel(
+        "Importance correction",
+        (record.IMPORTANCE_WEIGHT, record.IMPORTANCE_CAPPED_SHARE),
+        "weight, share of tokens",
+        "Mean weight of a token's gradient against the sampler's mismatch, 1 where there is none, "
+        "and the share of tokens whose weight is cut off at the cap.",
         (0.0, None),
     ),
 )

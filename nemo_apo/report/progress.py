@@ -34,6 +34,7 @@ GAUGES: tuple[Gauge, ...] = (
     Gauge("reward", record.REWARD_MEAN),
     Gauge("accuracy", record.EVAL_ACCURACY, unit_range=True),
     Gauge("pass@k", record.EVAL_PASS_AT_K, unit_range=True),
+    Gauge("maj@k", record.EVAL_MAJ_AT_K, unit_range=True),
     Gauge("alpha", record.ALPHA, unit_range=True),
     Gauge("confidence", record.CONFIDENCE, unit_range=True),
     Gauge("improving", record.IMPROVEMENT, unit_range=True),
@@ -41,6 +42,7 @@ GAUGES: tuple[Gauge, ...] = (
     Gauge("drift", record.ANCHOR_DRIFT),
     Gauge("ess/P", record.ESS_SHARE, unit_range=True),
     Gauge("grad norm", record.GRAD_NORM),
+    Gauge("length", record.RESPONSE_LENGTH),
     Gauge("tokens/s", record.TOKENS_PER_SECOND),
     Gauge("s/step", record.STEP_SECONDS),
 )

@@ -17,7 +17,7 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from nemo_apo.record import EVAL_ACCURACY, EVAL_PASS_AT_K
+from nemo_apo.record import EVAL_ACCURACY, EVAL_MAJ_AT_K, EVAL_PASS_AT_K
 from nemo_apo.report.formats import clock_text, number_text
 from nemo_apo.report.progress import GAUGES, Gauge, Progress
 
@@ -29,6 +29,8 @@ _LABEL_WIDTH = 10
 _VALUE_WIDTH = 7
 _GAP = 3
 _DOING_WIDTH = 44
+# These stand until the next evaluation.
+_EVALUATED = (EVAL_ACCURACY, EVAL_PASS_AT_K, EVAL_MAJ_AT_K)
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _ASCII_BLOCKS = "_.-=+*#@"
 
@@ -124,9 +126,7 @@ class Screen:
 
     def _gauge(self, gauge: Gauge, spark_width: int, blocks: str) -> Text:
         progress = self.progress
-        stale = gauge.metric in (EVAL_ACCURACY, EVAL_PASS_AT_K) and (
-            progress.evaluated_at != progress.step
-        )
+        stale = gauge.metric in _EVALUATED and (progress.evaluated_at != progress.step)
         value = number_text(progress.latest.get(gauge.metric))
         line = Text(f"{gauge.label:<{_LABEL_WIDTH}} ", style="dim")
         line.append(f"{value:>{_VALUE_WIDTH}} ", style="not dim" if stale else "not dim bold")

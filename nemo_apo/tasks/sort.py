@@ -11,11 +11,12 @@ Rewards:
 """
 
 import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 
-from nemo_apo.tasks.interface import Prompt
+from nemo_apo.tasks.interface import Prompt, PromptTurn
 
 _DIGITS = "123456789"
 _PAD, _END, _EQUALS = 0, 1, 2
@@ -23,6 +24,7 @@ _FIRST_DIGIT = 3
 _HELD_OUT_SHARE = 5
 # Held-out prompts are drawn from a stream of their own, the same in every run.
 _TEST_STREAM_SEED = 20251222
+_FINGERPRINT_PROMPTS = 64
 DESCENDING_REWARD = 0.8
 
 
@@ -92,6 +94,24 @@ class SortTask:
         return _END
 
     @property
+    def text_grader(self) -> None:
+        """Answers are graded by their token ids."""
+        return None
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        return ()
+
+    @property
+    def test_size(self) -> None:
+        """Prompts are drawn, not stored."""
+        return None
+
+    @property
+    def has_demonstrations(self) -> bool:
+        return True
+
+    @property
     def max_prompt_length(self) -> int:
         return self.length + 1
 
@@ -99,15 +119,27 @@ class SortTask:
     def max_response_length(self) -> int:
         return self.length + 2
 
-    def train_prompts(self, count: int, task_rng: Random) -> list[Prompt]:
-        return [self._draw(task_rng, held_out=False) for _ in range(count)]
+    def check_files(self) -> list[str]:
+        return []
+
+    def data_report(self) -> list[str]:
+        return []
+
+    def fingerprint(self) -> str:
+        prompts = self.train_prompts(_FINGERPRINT_PROMPTS, PromptTurn(seed=0, step=0))
+        texts = json.dumps([[prompt.text, list(prompt.tokens)] for prompt in prompts])
+        return hashlib.sha256(texts.encode()).hexdigest()
+
+    def train_prompts(self, count: int, turn: PromptTurn) -> list[Prompt]:
+        stream = Random(f"{turn.seed}/rollout/{turn.step}/{turn.again}")
+        return self._train_prompts(count, stream)
 
     def test_prompts(self, count: int) -> list[Prompt]:
         stream = Random(_TEST_STREAM_SEED)
         return [self._draw(stream, held_out=True) for _ in range(count)]
 
     def demonstrations(self, count: int, task_rng: Random) -> list[tuple[Prompt, list[int]]]:
-        prompts = self.train_prompts(count, task_rng)
+        prompts = self._train_prompts(count, task_rng)
         return [(prompt, self._teach(prompt, task_rng)) for prompt in prompts]
 
     def grade(self, prompt: Prompt, completion: list[int]) -> float:
@@ -117,7 +149,7 @@ class SortTask:
     def text(self, completion: list[int]) -> str:
         """Digits as such, any other token but the end as ``?``."""
         body = completion[:-1] if completion and completion[-1] == _END else completion
-        return "".join("?" if t < _FIRST_DIGIT else _DIGITS[t - _FIRST_DIGIT] for t in body)
+        return "".join(_DIGITS[t - _FIRST_DIGIT] if _is_digit(t) else "?" for t in body)
 
     def reference(self, prompt: Prompt) -> str:
         return "".join(sorted(prompt.text))
@@ -131,13 +163,16 @@ class SortTask:
         if not completion or completion[-1] != _END:
             return None
         body = completion[:-1]
-        if any(token < _FIRST_DIGIT for token in body):
+        if not all(_is_digit(token) for token in body):
             return None
         return "".join(_DIGITS[token - _FIRST_DIGIT] for token in body)
 
     def encode(self, digits: str) -> list[int]:
         """Token ids of a string of digits."""
         return [_FIRST_DIGIT + _DIGITS.index(digit) for digit in digits]
+
+    def _train_prompts(self, count: int, rng: Random) -> list[Prompt]:
+        return [self._draw(rng, held_out=False) for _ in range(count)]
 
     def _draw(self, rng: Random, held_out: bool) -> Prompt:
         while True:
@@ -154,6 +189,11 @@ class SortTask:
         if self.reward == "two_modes" and rng.random() < self.descending_share:
             kept.reverse()
         return [*self.encode("".join(kept)), _END]
+
+
+def _is_digit(token: int) -> bool:
+    """Whether a token is a digit; a model's own vocabulary may go on behind them."""
+    return _FIRST_DIGIT <= token < _FIRST_DIGIT + len(_DIGITS)
 
 
 def is_held_out(digits: str) -> bool:

@@ -21,16 +21,21 @@ import safetensors.torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch.distributed.checkpoint import CheckpointException
 
-from nemo_apo.config import Config
+from nemo_apo.config import LOCAL, Config
 from nemo_apo.core.alpha_schedule import ScheduleState
 from nemo_apo.core.diagnostics import DiagnosticsState
-from nemo_apo.parallel.layout import Layout
 from nemo_apo.parallel.together import RankError, on_first
 from nemo_apo.trainer.anchors import ROLES, RememberedWeights
 from nemo_apo.trainer.checkpoint_search import CheckpointError, Verified, free_name, verify
 from nemo_apo.trainer.checkpoint_write import SaveFailed, write_sealed
 from nemo_apo.trainer.durable_files import make_partial, remove_folder, remove_leftovers
-from nemo_apo.trainer.fixed_config import PROMPTS, changes, fingerprint, fixed_values
+from nemo_apo.trainer.fixed_config import (
+    PROMPTS,
+    changes,
+    fingerprint,
+    fixed_values,
+    model_changes,
+)
 from nemo_apo.trainer.optimizer_state import optimizer_entries, take_optimizer
 from nemo_apo.trainer.pending import StoredRollout
 from nemo_apo.trainer.policy import Policy
@@ -41,7 +46,11 @@ from nemo_apo.trainer.shard_files import read_shards
 
 STATE_FILE = "trainer_state.json"
 ROLLOUT_FILE = "rollout.safetensors"
-_FORMAT = 4
+_FORMAT = 5
+# A key of the state file: the checkpoint that the first weights came from, for its tokenizer.
+ORIGIN = "model_path"
+# What the layers are made of, in what the manifest says about the layout.
+_IMPL = "transformer_impl"
 # Keys of the state file where there is a rollout.
 _ROLLOUT, _UPDATE = "rollout", "update"
 
@@ -117,6 +126,7 @@ def save(
             "format": _FORMAT,
             "state": state.state_dict(),
             "config": fixed,
+            ORIGIN: config.model.path,
             "remembered": _roles(remembered),
         }
         if rollout is not None:
@@ -127,7 +137,7 @@ def save(
         "step": state.step,
         "config_sha256": fingerprint(fixed),
         "prompts_sha256": fixed[PROMPTS],
-        "layout": _layout(layout, config),
+        "layout": _layout(policy, config),
         METRICS: {name: value for name, value in metrics.items() if math.isfinite(value)},
         IN_ROLLOUT: rollout is not None,
     }
@@ -159,7 +169,8 @@ def save_weights(folder: Path, policy: Policy) -> None:
         return folder
 
     entries = {"model": _chunks(policy)}
-    write_sealed(lambda: make_partial(folder.parent, folder.name), name, entries, {}, {})
+    about = {"layout": {_IMPL: policy.transformer_impl}}
+    write_sealed(lambda: make_partial(folder.parent, folder.name), name, entries, {}, about)
 
 
 def _json(content: Any) -> bytes:
@@ -180,12 +191,11 @@ def load(
     folder = found.folder
     if STATE_FILE not in found.manifest.files:
         raise CheckpointError(f"cannot resume from {folder}: it holds weights alone")
-    content = json.loads((folder / STATE_FILE).read_text())
-    if content["format"] != _FORMAT:
-        raise CheckpointError(f"{folder} has format {content['format']}, expected {_FORMAT}")
+    content = _content(folder)
     # What is left of a rollout is trained as it began, so nothing may change.
     allowed = () if _ROLLOUT in content else config.run.allow_changed
     _check_config(folder, content["config"], config, allowed)
+    _check_impl(found, policy)
     _check_layout(folder, found.manifest.about["layout"], config)
     if content["remembered"] != _roles(remembered):
         raise CheckpointError(
@@ -209,10 +219,18 @@ def load(
         if weights is not None:
             with policy.holding(weights):
                 _take(policy, loaded[role], f"{role}.")
-    if found.manifest.about["layout"] == _layout(policy.layout, config):
+    if found.manifest.about["layout"] == _layout(policy, config):
         text = (folder / _random_file(policy.layout.rank)).read_text()
         set_random_state(json.loads(text), policy.layout.device)
     return state, rollout
+
+
+def _content(folder: Path) -> dict[str, Any]:
+    """What the state file of a checkpoint holds."""
+    content = json.loads((folder / STATE_FILE).read_text())
+    if content["format"] != _FORMAT:
+        raise CheckpointError(f"{folder} has format {content['format']}, expected {_FORMAT}")
+    return content
 
 
 def _rollout(folder: Path, content: dict[str, Any], config: Config) -> StoredRollout | None:
@@ -241,12 +259,30 @@ def load_weights(folder: Path, policy: Policy) -> None:
         CheckpointError: if the folder is not a checkpoint, or a damaged one.
     """
     try:
-        verify(folder)
+        found = verify(folder)
     except DamagedFolder as fault:
         raise CheckpointError(
             f"warm_start.load={folder}: not a checkpoint folder, or a damaged one: {fault}"
         ) from None
-    _take(policy, _read(folder, {"model": _chunks(policy)})["model"])
+    _load_model(found, policy)
+
+
+def load_for_evaluation(found: Verified, policy: Policy, config: Config) -> None:
+    """Take the weights of a checkpoint, whole or weights alone; collective.
+
+    Raises:
+        CheckpointError: if it is of another model or vocabulary; all else may differ.
+    """
+    if STATE_FILE in found.manifest.files:
+        changed = model_changes(_content(found.folder)["config"], config)
+        if changed:
+            raise CheckpointError(f"cannot evaluate {found.folder}: {'; '.join(changed)}")
+    _load_model(found, policy)
+
+
+def _load_model(found: Verified, policy: Policy) -> None:
+    _check_impl(found, policy)
+    _take(policy, _read(found.folder, {"model": _chunks(policy)})["model"])
     # Main weights of the optimizer, where it has some, would bring the old ones back.
     policy.optimizer.reload_model_params()
 
@@ -311,8 +347,9 @@ def _random_file(rank: int) -> str:
     return f"random_{rank:05d}.json"
 
 
-def _layout(layout: Layout, config: Config) -> dict[str, Any]:
+def _layout(policy: Policy, config: Config) -> dict[str, Any]:
     """Where the ranks stand; the sizes that a checkpoint may be read with are free."""
+    layout = policy.layout
     return {
         "tensor": layout.tensor_size,
         "pipeline": layout.pipeline_size,
@@ -320,6 +357,7 @@ def _layout(layout: Layout, config: Config) -> dict[str, Any]:
         "context": layout.context_size,
         "data": layout.data_size,
         "distributed_optimizer": config.parallel.distributed_optimizer,
+        _IMPL: policy.transformer_impl,
     }
 
 
@@ -331,6 +369,17 @@ def _check_config(
         raise CheckpointError(
             f"cannot resume from {folder}: {'; '.join(changed)} (run.allow_changed names sections "
             "that may change, but not within a rollout)"
+        )
+
+
+def _check_impl(found: Verified, policy: Policy) -> None:
+    """Refuse weights of other layers: megatron names them alike, but nobody has tried it."""
+    stated = found.manifest.about.get("layout", {})
+    was, now = stated.get(_IMPL, LOCAL), policy.transformer_impl
+    if was != now:
+        raise CheckpointError(
+            f"cannot read {found.folder}: model.transformer_impl stood for {was} and now stands "
+            f"for {now}, and weights are not carried from one to the other"
         )
 
 

@@ -17,11 +17,12 @@ import torch.distributed as dist
 
 from nemo_apo import record
 from nemo_apo.compose import to_yaml
-from nemo_apo.config import Config, RunConfig
+from nemo_apo.config import Config, RunConfig, vocab_size
 from nemo_apo.core.alpha_schedule import ScheduleState
 from nemo_apo.core.diagnostics import DiagnosticsState, Finding, observe
 from nemo_apo.parallel.gather import all_gather_objects
 from nemo_apo.parallel.layout import Layout
+from nemo_apo.record import KeptGroup
 from nemo_apo.step_metrics import step_figures
 from nemo_apo.trainer import checkpoint
 from nemo_apo.trainer.anchors import RememberedWeights
@@ -29,7 +30,8 @@ from nemo_apo.trainer.checkpoint import TrainerState
 from nemo_apo.trainer.checkpoint_search import newest_verified, set_aside
 from nemo_apo.trainer.checkpoint_write import SaveFailed
 from nemo_apo.trainer.durable_files import replace_text
-from nemo_apo.trainer.evaluation import Evaluation, evaluate
+from nemo_apo.trainer.engines.by_name import ENGINES, check_engine
+from nemo_apo.trainer.evaluation import evaluate
 from nemo_apo.trainer.interruption import StopCheck, StoppedEarly, check_stop
 from nemo_apo.trainer.metrics import MetricsLog
 from nemo_apo.trainer.pending import StoredRollout
@@ -43,6 +45,7 @@ from nemo_apo.trainer.run_folder import (
     on_first_or_stop,
     prepare_folder,
 )
+from nemo_apo.trainer.same_data import check_same_data
 from nemo_apo.trainer.summary import summarize, write_summary
 from nemo_apo.trainer.versions import versions_of
 from nemo_apo.trainer.warm_start import run_warm_start
@@ -79,10 +82,11 @@ def run(config: Config) -> None:
 
     Raises:
         ConfigError: if the folder holds a run and ``run.if_exists`` is "error", or "resume" and
-            its checkpoint is missing or belongs to another configuration; or if the weights to
-            start from are not there. Nothing is changed then.
-        TrainingStopped: after too many skipped optimizer steps in a row, if sampler and trainer
-            disagree beyond ``update.max_sampler_mismatch``, or if a checkpoint cannot be written.
+            its checkpoint is missing or belongs to another configuration; if the weights to start
+            from are not there; or if the rollout engine cannot run here. Nothing is changed then.
+        TrainingStopped: if ranks have read different data, after too many skipped optimizer steps
+            in a row, if sampler and trainer disagree beyond ``update.max_sampler_mismatch``, or if
+            a checkpoint cannot be written.
         RanksLost: if some ranks no longer answer; it names them, and the groups stay as they are.
         StoppedEarly: on all ranks, after a signal or ``run.max_time``; what was done is saved.
     """
@@ -90,7 +94,9 @@ def run(config: Config) -> None:
     set_threads(config.run)
     check_folder(folder, config.run.if_exists)
     check_weights(folder, config)
+    check_engine(config)
     with ranks(config) as (layout, stop):
+        check_same_data(config.task)
         prepare_folder(folder, config)
         with _view(config, layout) as view:
             _Run(config, layout, folder, view, stop).train()
@@ -101,19 +107,23 @@ def run(config: Config) -> None:
             write_report([folder], folder)
 
 
-def build_policy(config: Config, layout: Layout) -> Policy:
-    """The policy of a configuration, with initial weights from the run's seed."""
+def build_policy(config: Config, layout: Layout, weights_follow: bool = False) -> Policy:
+    """A configuration's policy with its initial weights; ``weights_follow`` as in ``Policy``."""
     task = config.task
-    return Policy(
+    policy = Policy(
         config.model,
         config.optimizer,
         layout,
-        task.vocab_size,
+        vocab_size(config),
         task.max_prompt_length + task.max_response_length,
         config.rollout.temperature,
         config.run.seed,
         config.parallel,
+        sampling_ranks=config.rollout.tensor_model_parallel_size,
+        weights_follow=weights_follow,
     )
+    policy.engine = ENGINES[config.rollout.engine](policy, config)
+    return policy
 
 
 class _Run:
@@ -126,7 +136,10 @@ class _Run:
         self.folder = folder
         self.view = view
         self.task = config.task
-        self.policy = build_policy(config, layout)
+        resuming = config.run.if_exists == "resume"
+        self.found = newest_verified(folder / record.CHECKPOINT_DIR) if resuming else None
+        follow = self.found is not None or config.warm_start.load is not None
+        self.policy = build_policy(config, layout, weights_follow=follow)
         self._started = time.perf_counter()
         self._spent_before = 0.0
         # The RL step that the newest checkpoint is of.
@@ -141,8 +154,7 @@ class _Run:
 
     def train(self) -> None:
         """Warm start or resume, then RL to the end."""
-        resuming = self.config.run.if_exists == "resume"
-        found = newest_verified(self.folder / record.CHECKPOINT_DIR) if resuming else None
+        found = self.found
         if found is None:
             warm_start_s = self._warm_start()
         remembered = RememberedWeights.at_start(
@@ -203,9 +215,13 @@ class _Run:
         return time.perf_counter() - start
 
     def _evaluated_at_start(self, state: TrainerState, log: MetricsLog | None) -> TrainerState:
-        evaluation = evaluate(self.policy, self.config, self.task)
-        self._publish(log, 0, _evaluation_metrics(evaluation), [])
-        return replace(state, accuracy_start=evaluation.accuracy, reward_start=evaluation.reward)
+        metrics = evaluate(self.policy, self.config, self.task).metrics()
+        self._publish(log, 0, metrics, [])
+        return replace(
+            state,
+            accuracy_start=metrics[record.EVAL_ACCURACY],
+            reward_start=metrics[record.EVAL_REWARD],
+        )
 
     def _steps(
         self,
@@ -225,8 +241,8 @@ class _Run:
             remembered.advance(self.policy, config.anchor, state.step)
             metrics = {**outcome.metrics, record.SAMPLES: float(state.samples)}
             if state.step % config.evaluation.every == 0 or state.step == config.run.steps:
-                metrics |= _evaluation_metrics(evaluate(self.policy, config, self.task))
-            self._publish(log, state.step, metrics, findings)
+                metrics |= evaluate(self.policy, config, self.task).metrics()
+            self._publish(log, state.step, metrics, findings, outcome.kept)
             self._stop_if_useless(state, outcome)
             if self._saves_at(state.step):
                 self._save(state, remembered, metrics)
@@ -279,10 +295,11 @@ class _Run:
         step: int,
         metrics: dict[str, float],
         findings: list[Finding],
+        kept: tuple[KeptGroup, ...] = (),
     ) -> None:
         def write() -> None:
             assert log is not None
-            log.write(step, metrics, findings)
+            log.write(step, metrics, findings, kept)
 
         on_first_or_stop(write)
         self._published = metrics
@@ -342,14 +359,6 @@ class _Run:
             )
 
         on_first_or_stop(write)
-
-
-def _evaluation_metrics(evaluation: Evaluation) -> dict[str, float]:
-    return {
-        record.EVAL_ACCURACY: evaluation.accuracy,
-        record.EVAL_REWARD: evaluation.reward,
-        record.EVAL_PASS_AT_K: evaluation.pass_at_k,
-    }
 
 
 @contextlib.contextmanager

@@ -1,8 +1,10 @@
-"""Where the metrics of a run go: metrics.jsonl, TensorBoard, Weights & Biases. Rank 0 only."""
+"""Where the metrics of a run go: metrics.jsonl, TensorBoard, Weights & Biases. Rank 0 only.
 
-import json
+Completions that are kept go beside them, to samples.jsonl.
+"""
+
 import math
-import os
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,8 @@ from nemo_apo import record
 from nemo_apo.compose import to_yaml
 from nemo_apo.config import Config
 from nemo_apo.core.diagnostics import Finding
-from nemo_apo.trainer.durable_files import replace_text, sync_folder
+from nemo_apo.record import KeptGroup
+from nemo_apo.trainer.step_lines import append_lines, cut_after
 
 
 class MetricsLog:
@@ -20,13 +23,15 @@ class MetricsLog:
     Args:
         folder: the run's folder.
         config: the run's configuration.
-        first_step: steps after this one are about to be written; lines of ``metrics.jsonl`` from
-            an interrupted run beyond it are removed.
+        first_step: steps after this one are about to be written; lines of ``metrics.jsonl`` and
+            ``samples.jsonl`` from an interrupted run beyond it are removed.
     """
 
     def __init__(self, folder: Path, config: Config, first_step: int) -> None:
         self._path = folder / record.METRICS_FILE
-        _cut_after(self._path, first_step)
+        self._samples_path = folder / record.SAMPLES_FILE
+        for path in (self._path, self._samples_path):
+            cut_after(path, first_step)
         self._tensorboard = None
         self._wandb = None
         if config.run.tensorboard:
@@ -36,19 +41,20 @@ class MetricsLog:
         if config.run.wandb:
             self._wandb = _start_wandb(folder, config)
 
-    def write(self, step: int, metrics: dict[str, float], findings: list[Finding]) -> None:
-        """Append the metrics of a step (names of ``nemo_apo.record``) and its findings."""
+    def write(
+        self,
+        step: int,
+        metrics: dict[str, float],
+        findings: list[Finding],
+        kept: Sequence[KeptGroup] = (),
+    ) -> None:
+        """Append a step's metrics (names of ``nemo_apo.record``), findings and kept samples."""
         line: dict[str, Any] = {record.STEP: step}
         line |= {name: _json_number(value) for name, value in metrics.items()}
         line[record.FINDINGS] = [asdict(finding) for finding in findings]
-        is_new = not self._path.exists()
-        with self._path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-            file.flush()
-            # A checkpoint that survives a power cut must not outlive the lines before it.
-            os.fsync(file.fileno())
-        if is_new:
-            sync_folder(self._path.parent)
+        if kept:
+            append_lines(self._samples_path, [asdict(group) for group in kept])
+        append_lines(self._path, [line])
         if self._tensorboard is not None:
             for name, value in metrics.items():
                 self._tensorboard.add_scalar(name, value, step)
@@ -66,20 +72,6 @@ class MetricsLog:
 
 def _json_number(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-def _cut_after(path: Path, step: int) -> None:
-    """Keep the lines up to a step; a line cut short by a killed run goes too."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            if json.loads(line)[record.STEP] <= step:
-                kept.append(line + "\n")
-        except json.JSONDecodeError:
-            break
-    replace_text(path, "".join(kept))
 
 
 def _start_wandb(folder: Path, config: Config) -> Any:

@@ -24,6 +24,7 @@ class MicroBatch:
     columns: Columns | None = None
     old_logprobs_BT: Tensor | None = None
     reference_logprobs_BT: Tensor | None = None
+    importance_BT: Tensor | None = None
 
     @classmethod
     def of(cls, tokens_BS: Tensor, mask_BT: Tensor, **columns: Any) -> "MicroBatch":
@@ -74,4 +75,5 @@ class MicroBatch:
             columns=columns,
             old_logprobs_BT=changed(self.old_logprobs_BT),
             reference_logprobs_BT=changed(self.reference_logprobs_BT),
+            importance_BT=changed(self.importance_BT),
         )

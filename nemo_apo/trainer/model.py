@@ -1,28 +1,30 @@
-"""A Qwen3-shaped ``GPTModel`` of real megatron-core, its DDP wrapper and its optimizer."""
+"""A Qwen-shaped ``GPTModel`` of real megatron-core, its DDP wrapper and its optimizer."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
-from megatron.core.transformer import ModuleSpec, TransformerConfig
-from megatron.core.transformer.transformer_block import (
-    TransformerBlockSubmodules,
-    get_num_layers_to_build,
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    gather_from_sequence_parallel_region,
 )
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
-from nemo_apo.config import ModelConfig, OptimizerConfig, ParallelConfig
-from nemo_apo.parallel.context import AllGatherAttention
-from nemo_apo.parallel.layout import Layout
+from nemo_apo.config import LOCAL, ModelConfig, OptimizerConfig, ParallelConfig
+from nemo_apo.parallel.layout import Layout, copy_groups
 from nemo_apo.parallel.step import plain_sum
+from nemo_apo.trainer.layer_specs import block_spec
 
 
 class HiddenStateGPT(GPTModel):
@@ -70,19 +72,6 @@ class Stage(torch.nn.Module):
             self.output_layer = last.output_layer
 
 
-class SequenceParallelRMSNorm(torch.nn.RMSNorm):
-    """RMSNorm of this rank's part of the sequence; megatron sums its gradient over the ranks.
-
-    megatron's wrapper of torch's norm refuses sequence parallelism.
-    """
-
-    def __init__(
-        self, config: TransformerConfig, hidden_size: int, eps: float, **kwargs: Any
-    ) -> None:
-        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-
-
 # megatron's settings of each choice of parallel.recompute.
 _RECOMPUTE: dict[str, dict[str, Any]] = {
     "none": {},
@@ -97,9 +86,9 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def transformer_config(
-    model: ModelConfig, layout: Layout, parallel: ParallelConfig
+    model: ModelConfig, layout: Layout, parallel: ParallelConfig, initialize: bool = True
 ) -> TransformerConfig:
-    """megatron's configuration of the model in a layout."""
+    """megatron's configuration of the model in a layout; ``initialize`` fills in random weights."""
     dtype = _DTYPES[model.params_dtype]
     return TransformerConfig(
         num_layers=model.num_layers,
@@ -113,13 +102,14 @@ def transformer_config(
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
-        add_qkv_bias=False,
+        add_qkv_bias=model.add_qkv_bias,
         qk_layernorm=model.qk_layernorm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         init_method_std=model.init_method_std,
-        # The same initial weights whatever the layout and device.
+        # The same initial weights whatever the layout and device; none where a checkpoint's follow.
         use_cpu_initialization=True,
+        perform_initialization=initialize,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
@@ -143,25 +133,6 @@ def transformer_config(
     )
 
 
-def _layers(
-    model: ModelConfig, config: TransformerConfig, chunk: int | None
-) -> ModuleSpec | TransformerBlockSubmodules:
-    """The layers of a stage or of one of its chunks, by megatron's local spec."""
-    layer = get_gpt_layer_local_spec(qk_layernorm=model.qk_layernorm, normalization="RMSNorm")
-    parts, attention = layer.submodules, layer.submodules.self_attention.submodules
-    if config.context_parallel_size > 1:
-        attention.core_attention = AllGatherAttention
-    if not config.sequence_parallel:
-        return layer
-    parts.input_layernorm = parts.pre_mlp_layernorm = SequenceParallelRMSNorm
-    if model.qk_layernorm:
-        attention.q_layernorm = attention.k_layernorm = SequenceParallelRMSNorm
-    return TransformerBlockSubmodules(
-        layer_specs=[layer] * get_num_layers_to_build(config, vp_stage=chunk),
-        layer_norm=SequenceParallelRMSNorm,
-    )
-
-
 def _build(
     model: ModelConfig,
     config: TransformerConfig,
@@ -173,9 +144,9 @@ def _build(
     chunk: int | None = None,
 ) -> HiddenStateGPT:
     pre_process, post_process = stage
-    return HiddenStateGPT(
+    gpt = HiddenStateGPT(
         config=config,
-        transformer_layer_spec=_layers(model, config, chunk),
+        transformer_layer_spec=block_spec(model, config, chunk),
         vocab_size=vocab_size,
         max_sequence_length=max_sequence_length,
         pre_process=pre_process,
@@ -185,7 +156,25 @@ def _build(
         share_embeddings_and_output_weights=model.tied_embeddings,
         pg_collection=groups,
         vp_stage=chunk,
-    ).to(layout.device, config.params_dtype)
+    )
+    if not config.perform_initialization:
+        _mark_divided(gpt)
+    return gpt.to(layout.device, config.params_dtype)
+
+
+def _mark_divided(gpt: HiddenStateGPT) -> None:
+    """Note on every weight which dimension is divided among the tensor-parallel ranks.
+
+    megatron does so where it fills in random weights and nowhere else; without these notes the
+    gradient norm would leave out all ranks but the first, and a refit would copy wrong parts.
+    """
+    divided = {VocabParallelEmbedding: 0, ColumnParallelLinear: 0, RowParallelLinear: 1}
+    for name, module in gpt.named_modules():
+        dimension = divided.get(type(module))
+        if dimension is not None and module.weight is not None:
+            # Of the two halves of gate and up projection each rank holds a part.
+            stride = 2 if name.endswith("linear_fc1") else 1
+            set_tensor_model_parallel_attributes(module.weight, True, dimension, stride)
 
 
 def build_training_model(
@@ -194,19 +183,21 @@ def build_training_model(
     parallel: ParallelConfig,
     vocab_size: int,
     max_sequence_length: int,
+    initialize: bool = True,
 ) -> list[DistributedDataParallel]:
     """This rank's stage of the training model, wrapped for gradient accumulation and reduction.
 
     One module, or several chunks of layers under a virtual pipeline.
 
     Args:
-        model: sizes.
+        model: sizes; ``transformer_impl`` is not "auto".
         layout: where this rank stands.
         parallel: how the model is laid out.
         vocab_size: padded vocabulary.
         max_sequence_length: longest prompt and completion, tokens.
+        initialize: whether to fill in random weights; otherwise the caller fills in every one.
     """
-    config = transformer_config(model, layout, parallel)
+    config = transformer_config(model, layout, parallel, initialize)
     plain_sum(config)
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -232,10 +223,18 @@ def build_replica(
     layout: Layout,
     vocab_size: int,
     max_sequence_length: int,
-    groups: ProcessGroupCollection,
+    tensor_size: int,
+    initialize: bool = True,
 ) -> HiddenStateGPT:
-    """The whole model on this rank alone, in evaluation mode and without gradients."""
-    config = transformer_config(model, layout, ParallelConfig())
+    """The whole model on ``tensor_size`` ranks, in evaluation mode and without gradients.
+
+    Its layers are megatron's own, whose attention reads the sampler's masks. ``initialize`` as in
+    ``build_training_model``.
+    """
+    model = replace(model, transformer_impl=LOCAL)
+    groups = copy_groups(tensor_size)
+    parallel = ParallelConfig(tensor_model_parallel_size=tensor_size)
+    config = transformer_config(model, layout, parallel, initialize)
     gpt = _build(model, config, layout, vocab_size, max_sequence_length, (True, True), groups)
     return gpt.eval().requires_grad_(False)
 

@@ -30,7 +30,7 @@ def optimizer_entries(
 def take_optimizer(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -> None:
     """Put what was loaded into the optimizer, save for what its configuration decides."""
     decided = [_options(group) for group in optimizer.param_groups]
-    parts = _parts(optimizer)
+    parts = optimizer_parts(optimizer)
     with contextlib.ExitStack() as stack:
         for number, part in enumerate(parts):
             _restore_zero_step(part, loaded if len(parts) == 1 else loaded[number])
@@ -44,7 +44,8 @@ def take_optimizer(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -> None
         group.update(options)
 
 
-def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+def optimizer_parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    """The optimizers that megatron has chained, or the one that there is."""
     return getattr(optimizer, "chained_optimizers", [optimizer])
 
 
@@ -56,7 +57,7 @@ def _options(group: dict[str, Any]) -> dict[str, Any]:
 
 def _fill_moments(optimizer: MegatronOptimizer) -> None:
     """Give torch's AdamW the moments that it makes at its first step only."""
-    for part in _parts(optimizer):
+    for part in optimizer_parts(optimizer):
         adam = part.optimizer
         if not isinstance(adam, torch.optim.Adam | torch.optim.AdamW):
             continue

@@ -5,7 +5,7 @@ last bit. Axes: N sequences of the rollout, n of those whose group has finite lo
 """
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nemo_apo.core.alpha_schedule import ScheduleState
 from nemo_apo.core.objectives import GroupBatch
+from nemo_apo.record import KeptGroup
 from nemo_apo.step_metrics import Stopwatch, Tally
 from nemo_apo.trainer.rollouts import Rollouts
 
@@ -32,6 +33,7 @@ class PendingRollout:
         known_n: the last sequence log-probs known of each row of ``batch``, nats.
         alpha: this RL step's.
         watch: seconds spent so far, by metric.
+        kept: groups for ``samples.jsonl``, written once the RL step is done.
         done: how many of ``parts`` are done.
         batch: the sequences in ``row_N``, settled; None if there are none.
         row_N: for every sequence of the rollout its row in ``batch``; -1 where the log-probs of
@@ -47,6 +49,7 @@ class PendingRollout:
     known_n: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float64))
     alpha: float = math.nan
     watch: Stopwatch = field(default_factory=Stopwatch)
+    kept: tuple[KeptGroup, ...] = ()
     done: int = 0
     batch: GroupBatch | None = None
     row_N: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
@@ -67,6 +70,7 @@ class PendingRollout:
             "metrics": self.metrics,
             "tally": self.tally.state_dict(),
             "seconds": self.watch.seconds,
+            "kept": [asdict(group) for group in self.kept],
             "done": self.done,
         }
         return StoredRollout(tensors, numbers)
@@ -92,6 +96,7 @@ class StoredRollout:
             metrics=dict(numbers["metrics"]),
             tally=Tally.from_state_dict(numbers["tally"]),
             watch=Stopwatch(dict(numbers["seconds"])),
+            kept=tuple(KeptGroup.from_dict(group) for group in numbers["kept"]),
             done=numbers["done"],
         )
 

@@ -8,27 +8,37 @@ share and gets all N results back. Axes: N sequences, B of a micro-batch, T toke
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.resharding.refit import swap_model_weights
 from torch import Tensor
 
-from nemo_apo.config import ModelConfig, OptimizerConfig, ParallelConfig, padded_vocab_size
+from nemo_apo.compose.hf_model import decoder_of
+from nemo_apo.config import (
+    LOCAL,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    padded_vocab_size,
+)
 from nemo_apo.parallel.gather import (
     all_gather_rows,
     broadcast_from_last,
     first_not_finite,
     sum_over,
 )
-from nemo_apo.parallel.layout import Layout, single_rank_groups
+from nemo_apo.parallel.layout import Layout
 from nemo_apo.parallel.logprobs import linear_logprobs
 from nemo_apo.parallel.step import (
     LossFunction,
     read_micro_batches,
     run_micro_batches,
 )
+from nemo_apo.trainer.engines.interface import RolloutEngine
+from nemo_apo.trainer.hf_weights import load_hf_weights
+from nemo_apo.trainer.layer_specs import LocalNames
 from nemo_apo.trainer.micro_batch import MicroBatch
 from nemo_apo.trainer.model import (
     Stage,
@@ -36,7 +46,9 @@ from nemo_apo.trainer.model import (
     build_replica,
     build_training_model,
 )
+from nemo_apo.trainer.offload import offloaded
 from nemo_apo.trainer.sharing import Share, share_of
+from nemo_apo.trainer.transformer_impl import chosen_impl
 
 
 @dataclass(frozen=True)
@@ -62,7 +74,12 @@ class Policy:
         optimizer: megatron's optimizer of the current phase.
         vocab_size: the unpadded vocabulary.
         temperature: sampling temperature; log-probs are those of the tempered policy.
+        transformer_impl: what its layers are made of, "local" or "transformer_engine".
+        engine: completes prompts with its weights; set by whoever builds the policy.
+        sampling_ranks: over how many ranks the model that samples is split, by tensor parallelism.
     """
+
+    engine: RolloutEngine
 
     def __init__(
         self,
@@ -74,32 +91,67 @@ class Policy:
         temperature: float,
         seed: int,
         parallel: ParallelConfig,
+        sampling_ranks: int = 1,
+        weights_follow: bool = False,
     ) -> None:
+        """Build the model with its initial weights: random ones, or those at ``model.path``.
+
+        Args:
+            model, optimizer, parallel: of the configuration.
+            layout: where this rank stands.
+            vocab_size: the unpadded vocabulary.
+            max_sequence_length: longest prompt and completion, tokens.
+            temperature: of sampling.
+            seed: of random weights.
+            sampling_ranks: over how many ranks the model that samples is split.
+            weights_follow: the caller loads other weights before any is used, so that those at
+                ``model.path`` need not be there any more.
+
+        Raises:
+            ConfigError: on every rank, if one cannot read its part of ``model.path``, or for a
+                ``model.transformer_impl`` that cannot run here.
+        """
         self.layout = layout
         self.vocab_size = vocab_size
         self.temperature = temperature
+        self.sampling_ranks = sampling_ranks
         # Every rank must hold equally many tokens of a sequence, in equal parts.
         self._width_multiple = 2 * layout.context_size if layout.context_size > 1 else 1
         if parallel.sequence_parallel:
             self._width_multiple *= layout.tensor_size
+        self.transformer_impl = chosen_impl(model, layout.device.type == "cuda")
+        model = replace(model, transformer_impl=self.transformer_impl)
         padded = padded_vocab_size(vocab_size, model)
+        initialize = model.path is None
         torch.manual_seed(seed)
-        self.chunks = build_training_model(model, layout, parallel, padded, max_sequence_length)
+        self.chunks = build_training_model(
+            model, layout, parallel, padded, max_sequence_length, initialize
+        )
         modules = [chunk.module for chunk in self.chunks]
         self.stage = modules[0] if len(modules) == 1 else Stage(modules)
         self._replica: GPTModel | None = None
-        if layout.is_model_parallel:
+        is_local = self.transformer_impl == LOCAL
+        self._refitted = self.stage if is_local else LocalNames(self.stage)
+        if not is_local or _needs_replica(layout, parallel, sampling_ranks):
             torch.manual_seed(seed)
             self._replica = build_replica(
-                model, layout, padded, max_sequence_length, single_rank_groups()
+                model, layout, padded, max_sequence_length, sampling_ranks, initialize
             )
-            # Initial weights come from the replica, so they do not depend on the layout.
-            with _without_tied_copy(self.stage):
-                swap_model_weights(self._replica, self.stage, self._refit_backend)
-            # Fills that copy from the first stage; nothing to do where there is none.
-            for module in modules:
-                module.setup_embeddings_and_output_layer()
+        if model.path is None:
+            self._take_weights_of_replica()
+        elif not weights_follow:
+            load_hf_weights(model.path, decoder_of(model, vocab_size), modules, layout)
         self.set_optimizer(optimizer)
+
+    def _take_weights_of_replica(self) -> None:
+        """Random weights come from the replica, so they do not depend on the layout."""
+        if self._replica is None:
+            return
+        with _without_tied_copy(self.stage):
+            swap_model_weights(self._replica, self._refitted, self._refit_backend)
+        # Fills that copy from the first stage; nothing to do where there is none.
+        for chunk in self.chunks:
+            chunk.module.setup_embeddings_and_output_layer()
 
     @property
     def _refit_backend(self) -> str:
@@ -115,8 +167,12 @@ class Policy:
         """The model that samples, holding the current weights."""
         if self._replica is None:
             return self.stage
-        swap_model_weights(self.stage, self._replica, self._refit_backend)
+        swap_model_weights(self._refitted, self._replica, self._refit_backend)
         return self._replica
+
+    def offloaded(self) -> contextlib.AbstractContextManager[None]:
+        """Without the memory that only training needs; entered between optimizer steps."""
+        return offloaded(self.chunks, self.optimizer)
 
     def parameters(self) -> list[torch.nn.Parameter]:
         """Parameters of this rank's stage, in a fixed order."""
@@ -244,6 +300,13 @@ class Policy:
         totals = sum_over(totals, self.layout.token_group)
         totals = broadcast_from_last(totals, self.layout.pipeline_group)
         return dict(zip(names, totals.cpu(), strict=True))
+
+
+def _needs_replica(layout: Layout, parallel: ParallelConfig, sampling_ranks: int) -> bool:
+    """Whether the model that samples is laid out unlike the one under training."""
+    stages = layout.pipeline_size * layout.context_size
+    like = (stages, layout.tensor_size) == (1, sampling_ranks)
+    return not like or parallel.sequence_parallel
 
 
 @contextlib.contextmanager

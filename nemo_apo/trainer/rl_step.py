@@ -20,6 +20,7 @@ from nemo_apo.config import Config
 from nemo_apo.core.alpha_schedule import ScheduleState
 from nemo_apo.core.anchoring import sequence_sums
 from nemo_apo.core.groups import Groups
+from nemo_apo.core.importance import importance_ratios, truncated, with_scaled_gradient
 from nemo_apo.core.objectives import GroupBatch, TokenInputs, Weighing
 from nemo_apo.core.objectives.anchored import needs_refresh, uses_stale_logprobs
 from nemo_apo.core.objectives.regularizers import k3
@@ -31,11 +32,13 @@ from nemo_apo.core.settling import (
     schedule_alpha,
     settle,
 )
+from nemo_apo.record import KeptGroup
 from nemo_apo.step_metrics import (
     Stopwatch,
     Tally,
     UpdateFigures,
     coefficient_error,
+    importance_metrics,
     rollout_metrics,
     schedule_metrics,
 )
@@ -70,6 +73,7 @@ class StepOutcome:
         not_finite: what was not finite in the last of those skipped here, if any were.
         mismatch: why nothing was trained: sampler and trainer disagree beyond
             ``update.max_sampler_mismatch``; None if they do not.
+        kept: groups for ``samples.jsonl``.
     """
 
     schedule_state: ScheduleState
@@ -80,6 +84,7 @@ class StepOutcome:
     metrics: dict[str, float]
     not_finite: str | None = None
     mismatch: str | None = None
+    kept: tuple[KeptGroup, ...] = ()
 
 
 class StoppedInRollout(Exception):
@@ -107,7 +112,7 @@ class RLStep:
         self.remembered = remembered
         self.stop = stop or NeverStop()
         self.source = RolloutSource(policy, config, task, self.stop)
-        self.limits = RolloutLimits(task.vocab_size, task.max_response_length)
+        self.limits = RolloutLimits(policy.vocab_size, task.max_response_length)
 
     def run(
         self,
@@ -155,13 +160,20 @@ class RLStep:
             metrics,
             tally.last_skip,
             mismatch,
+            rollout.kept,
         )
 
     def _begin(self, step: int, state: ScheduleState, tally: Tally) -> PendingRollout:
         """Draw a rollout, read its log-probs, weigh it and step the schedule."""
         drawn, watch = self.source.draw(step), Stopwatch()
         pending = PendingRollout(
-            drawn.rollouts, state, drawn.samples, dict(drawn.metrics), tally, watch=watch
+            drawn.rollouts,
+            state,
+            drawn.samples,
+            dict(drawn.metrics),
+            tally,
+            watch=watch,
+            kept=drawn.kept,
         )
         if drawn.rollouts.count == 0:
             return pending
@@ -171,6 +183,7 @@ class RLStep:
         figures = _sequence_figures(pending.rollouts)
         watch.time(record.WEIGH_SECONDS, lambda: self._settle_into(pending, figures, step))
         pending.metrics |= _reference_metrics(pending.rollouts)
+        pending.metrics |= self._importance_metrics(pending.rollouts)
         if pending.batch is not None:
             pending.known_n = pending.batch.logprob_sums_N.clone()
             finite = figures.select(pending.row_N >= 0)
@@ -254,6 +267,12 @@ class RLStep:
             logprobs_NT, _ = self._read_logprobs(rollouts)
         return sequence_sums(logprobs_NT, rollouts.mask_NT)
 
+    def _importance_metrics(self, rollouts: Rollouts) -> dict[str, float]:
+        cap = self.config.rollout.importance_cap
+        if cap is None:
+            return {}
+        return importance_metrics(_importance_ratios(rollouts), rollouts.mask_NT, cap)
+
     def _settle(self, figures: SequenceFigures) -> GroupBatch:
         config = self.config
         return settle(figures, config.objective, config.tau, config.regularizers, self.limits)
@@ -333,13 +352,15 @@ class RLStep:
 
     def _train(self, rollout: PendingRollout, rows: Tensor, weighing: Weighing, lr: float) -> None:
         """Forward, backward and the optimizer step on some rows of the rollout."""
-        rollouts, in_loss = rollout.rollouts, self.config.regularizers.needs_reference_in_loss
+        chosen, cap = rollout.rollouts.select(rows), self.config.rollout.importance_cap
+        in_loss = self.config.regularizers.needs_reference_in_loss
         part = MicroBatch.of(
-            rollouts.tokens_NT[rows],
-            rollouts.mask_NT[rows],
+            chosen.tokens_NT,
+            chosen.mask_NT,
             columns=weighing.columns,
-            old_logprobs_BT=known(rollouts.old_logprobs_NT)[rows],
-            reference_logprobs_BT=known(rollouts.reference_logprobs_NT)[rows] if in_loss else None,
+            old_logprobs_BT=known(chosen.old_logprobs_NT),
+            reference_logprobs_BT=known(chosen.reference_logprobs_NT) if in_loss else None,
+            importance_BT=None if cap is None else truncated(_importance_ratios(chosen), cap),
         )
         size = self.config.update.micro_batch_size
         kept, sums_N = self.policy.accumulate(part, size, self._loss)
@@ -371,7 +392,11 @@ class RLStep:
             reference_logprobs_BT=batch.reference_logprobs_BT,
             entropy_BT=entropy_BT,
         )
-        loss = config.objective.token_loss(inputs, columns)
+        objective_inputs = inputs
+        if batch.importance_BT is not None:
+            scaled_BT = with_scaled_gradient(logprobs_BT, batch.importance_BT)
+            objective_inputs = replace(inputs, logprobs_BT=scaled_BT)
+        loss = config.objective.token_loss(objective_inputs, columns)
         loss = loss + config.regularizers.token_loss(inputs, columns)
         return loss, {
             "loss": loss.detach().clone(),
@@ -407,6 +432,13 @@ def _sequence_figures(rollouts: Rollouts) -> SequenceFigures:
         if has_reference
         else None,
         sampler_logprob_sums_N=rollouts.sampler_logprob_sums_N,
+    )
+
+
+def _importance_ratios(rollouts: Rollouts) -> Tensor:
+    """Trainer/sampler importance ratio of each token of the rollout, [N, T]."""
+    return importance_ratios(
+        known(rollouts.old_logprobs_NT), known(rollouts.sampler_logprobs_NT), rollouts.mask_NT
     )
 
 

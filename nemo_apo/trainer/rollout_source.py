@@ -7,7 +7,6 @@ state in a checkpoint. Axes: N sequences, G groups.
 import time
 from collections import Counter
 from dataclasses import dataclass, replace
-from random import Random
 
 import torch
 from torch import Tensor
@@ -17,8 +16,10 @@ from nemo_apo.config import Config
 from nemo_apo.core.filtering import SettledGroups, settle_groups
 from nemo_apo.core.groups import Groups
 from nemo_apo.grading import Grading
-from nemo_apo.tasks import Task
+from nemo_apo.record import KeptGroup
+from nemo_apo.tasks import PromptTurn, Task
 from nemo_apo.trainer.interruption import StopCheck
+from nemo_apo.trainer.kept_samples import keeps_samples, kept_groups
 from nemo_apo.trainer.policy import Policy
 from nemo_apo.trainer.rollouts import Rollouts, assemble, check_tokens, concatenate
 from nemo_apo.trainer.sampler import uniforms
@@ -33,11 +34,13 @@ class Drawn:
         rollouts: the kept groups, failed grades settled; may be empty.
         samples: completions drawn, those thrown away included.
         metrics: by the names of ``nemo_apo.record``.
+        kept: groups of the first round for ``samples.jsonl``.
     """
 
     rollouts: Rollouts
     samples: int
     metrics: dict[str, float]
+    kept: tuple[KeptGroup, ...] = ()
 
 
 class RolloutSource:
@@ -50,6 +53,8 @@ class RolloutSource:
         self.task = task
         self.grading = Grading(config.grading, task)
         self._failures: Counter[str] = Counter()
+        self._kept: tuple[KeptGroup, ...] = ()
+        self._grade_means: dict[str, float] = {}
 
     def draw(self, step: int) -> Drawn:
         """The rollout of RL step ``step``; with ``rollout.resample``, groups without signal are
@@ -60,6 +65,7 @@ class RolloutSource:
         """
         began = time.perf_counter()
         self._failures.clear()
+        self._kept = ()
         wanted = self.config.rollout.prompts
         first = rollouts = self._sample(step, 0, wanted)
         for again in range(1, self.config.rollout.resample + 1):
@@ -84,24 +90,30 @@ class RolloutSource:
             record.RESAMPLED_GROUPS: (samples - first.count) // self.config.rollout.group_size,
             record.ROLLOUT_SECONDS: seconds,
         }
+        metrics |= self._grade_means
         for reason, count in self._failures.items():
             metrics[record.FAILED_GRADES_BY_REASON[reason]] = count
         rollouts = replace(rollouts, rewards_N=settled.rewards_N)
-        return Drawn(rollouts.select(settled.keep_N), samples, metrics)
+        return Drawn(rollouts.select(settled.keep_N), samples, metrics, self._kept)
 
     def _sample(self, step: int, again: int, count: int) -> Rollouts:
         """``count`` groups of round ``again``."""
         config, task = self.config, self.task
         size = config.rollout.group_size
         stream = f"rollout/{step}/{again}"
-        distinct = task.train_prompts(count, Random(f"{config.run.seed}/{stream}"))
+        distinct = task.train_prompts(count, PromptTurn(config.run.seed, step, again))
         prompts = [prompt for prompt in distinct for _ in range(size)]
         for prompt in distinct:
-            check_tokens(torch.tensor(prompt.tokens), task.vocab_size)
+            check_tokens(torch.tensor(prompt.tokens), self.policy.vocab_size)
         draws = uniforms(config.run.seed, stream, len(prompts), task.max_response_length)
         completions = complete(self.policy, task, config.rollout, prompts, draws, self.stop)
-        graded = grade(self.policy.layout, self.grading, task, prompts, completions)
+        graded = grade(self.policy.layout, self.grading, task, prompts, completions, config.shaping)
         self._failures.update(graded.failures)
+        if again == 0 and keeps_samples(config.run, step + 1):
+            groups = config.run.samples_groups
+            self._kept = kept_groups(step + 1, task, prompts, completions, graded, size, groups)
+        if again == 0:
+            self._grade_means = graded.means()
         group_ids_N = torch.arange(count).repeat_interleave(size)
         rollouts = assemble(
             prompts,
@@ -110,8 +122,9 @@ class RolloutSource:
             graded.rewards_N,
             task.max_prompt_length + task.max_response_length,
             task.pad_id,
+            keeps_token_logprobs=config.rollout.importance_cap is not None,
         )
-        check_tokens(rollouts.tokens_NT, task.vocab_size)
+        check_tokens(rollouts.tokens_NT, self.policy.vocab_size)
         return rollouts
 
     def _unselected_rewards(self, first: Rollouts) -> Tensor:

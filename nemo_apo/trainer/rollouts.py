@@ -24,13 +24,19 @@ class Completions:
         tokens_NR: token ids, int64, the padding id after the end.
         lengths_N: completion tokens, the end token included, int64.
         finished_N: whether the end token was reached, bool.
-        logprob_sums_N: sum of token log-probs as the sampler computed them, nats, float64.
+        logprobs_NR: token log-probs as the sampler computed them, nats, float32, 0 after the end.
+        logprob_sums_N: their sums before they were rounded to float32, nats, float64.
     """
 
     tokens_NR: Tensor
     lengths_N: Tensor
     finished_N: Tensor
+    logprobs_NR: Tensor
     logprob_sums_N: Tensor
+
+    def to(self, device: torch.device) -> "Completions":
+        """The same on a device."""
+        return Completions(**{name: value.to(device) for name, value in vars(self).items()})
 
     def row(self, index: int) -> list[int]:
         """One completion as a list of token ids."""
@@ -48,6 +54,8 @@ class Rollouts:
         rewards_N: float64; not finite where a grade failed.
         truncated_N: whether the completion hit the length limit, bool.
         sampler_logprob_sums_N: sequence log-probs by the sampler, nats, float64.
+        sampler_logprobs_NT: its log-probs of single tokens, nats, float32, where the importance
+            correction asks for them.
         old_logprobs_NT: log-probs under the policy that sampled, by the trainer.
         entropy_NT: its next-token entropies, nats.
         anchor_logprob_sums_N: sequence log-probs under the anchor, nats, float64.
@@ -60,6 +68,7 @@ class Rollouts:
     rewards_N: Tensor
     truncated_N: Tensor
     sampler_logprob_sums_N: Tensor
+    sampler_logprobs_NT: Tensor | None = None
     old_logprobs_NT: Tensor | None = None
     entropy_NT: Tensor | None = None
     anchor_logprob_sums_N: Tensor | None = None
@@ -107,6 +116,7 @@ def assemble(
     rewards_N: Tensor,
     width: int,
     pad_id: int,
+    keeps_token_logprobs: bool = False,
 ) -> Rollouts:
     """Lay prompts and completions side by side in rows of ``width`` tokens.
 
@@ -117,6 +127,7 @@ def assemble(
         rewards_N: reward of each, float64.
         width: T, at least the longest prompt and completion together.
         pad_id: token id that fills the rest of a row.
+        keeps_token_logprobs: whether the sampler's log-probs of single tokens are laid out, too.
     """
     device = completions.tokens_NR.device
     prompt_lengths_N1 = torch.tensor([[len(p.tokens)] for p in prompts], device=device)
@@ -126,6 +137,9 @@ def assemble(
     inside_NT = (offsets_NT >= 0) & (offsets_NT < completions.lengths_N[:, None])
     at_NT = offsets_NT.clamp(0, completions.tokens_NR.shape[1] - 1)
     tokens_NT = torch.where(inside_NT, completions.tokens_NR.gather(1, at_NT), tokens_NT)
+    logprobs_NT = None
+    if keeps_token_logprobs:
+        logprobs_NT = torch.where(inside_NT, completions.logprobs_NR.gather(1, at_NT), 0.0)[:, 1:]
     return Rollouts(
         tokens_NT=tokens_NT,
         mask_NT=inside_NT[:, 1:],
@@ -133,6 +147,7 @@ def assemble(
         rewards_N=rewards_N,
         truncated_N=~completions.finished_N,
         sampler_logprob_sums_N=completions.logprob_sums_N,
+        sampler_logprobs_NT=logprobs_NT,
     )
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from nemo_apo import record
 from nemo_apo.compose import to_yaml
+from nemo_apo.compose.hf_model import check_checkpoint
 from nemo_apo.config import Config, ConfigError, require
 from nemo_apo.parallel.together import RankError, Result, on_first
 from nemo_apo.trainer.checkpoint_search import checkpoint_folders
@@ -14,6 +15,7 @@ from nemo_apo.trainer.durable_files import make_folders, replace_text
 _FILES = (
     record.CONFIG_FILE,
     record.METRICS_FILE,
+    record.SAMPLES_FILE,
     record.SUMMARY_FILE,
     record.REPORT_HTML,
     record.REPORT_PNG,
@@ -42,9 +44,13 @@ def check_folder(folder: Path, if_exists: str) -> None:
 
 
 def check_weights(folder: Path, config: Config) -> None:
-    """Refuse weights to start from that are not there, or that overwriting the run would remove."""
+    """Refuse weights to start from that are unfit, or that overwriting the run would remove."""
     load = config.warm_start.load
     if load is None:
+        # A checkpoint of the run holds all weights that it needs.
+        resumes = config.run.if_exists == "resume"
+        if not (resumes and checkpoint_folders(folder / record.CHECKPOINT_DIR)):
+            check_checkpoint(config)
         return
     require(Path(load).is_dir(), "warm_start.load", load, "there is no such folder")
     inside = folder.resolve() in Path(load).resolve().parents

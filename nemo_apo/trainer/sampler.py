@@ -16,6 +16,8 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from nemo_apo.tasks import Prompt
+from nemo_apo.trainer.engines.interface import Sampling
+from nemo_apo.trainer.engines.stop_strings import stops
 from nemo_apo.trainer.rollouts import Completions
 
 
@@ -31,13 +33,7 @@ def generate(
     model: GPTModel,
     prompts: Sequence[Prompt],
     uniforms_NR: Tensor | None,
-    *,
-    vocab_size: int,
-    end_id: int,
-    pad_id: int,
-    max_response_length: int,
-    temperature: float,
-    micro_batch_size: int,
+    sampling: Sampling,
     between: Callable[[], None] = lambda: None,
 ) -> Completions:
     """Complete every prompt.
@@ -46,25 +42,21 @@ def generate(
         model: the whole model, on this rank.
         prompts: one per completion wanted, of any lengths.
         uniforms_NR: one uniform number per token to draw, [N, R]; None decodes greedily.
-        vocab_size: the unpadded vocabulary; padded rows are never drawn.
-        end_id, pad_id: token ids.
-        max_response_length: R.
-        temperature: divides the logits; greedy decoding ignores it.
-        micro_batch_size: sequences generated at once.
+        sampling: how.
         between: called before each batch; what it raises ends the generation.
     """
     parts = []
     with _evaluating(model):
-        for start in range(0, len(prompts), micro_batch_size):
+        for start in range(0, len(prompts), sampling.micro_batch_size):
             between()
-            rows = slice(start, start + micro_batch_size)
-            batch = _Batch(model, prompts[rows], max_response_length, pad_id)
-            draws_BR = None if uniforms_NR is None else uniforms_NR[rows]
-            parts.append(batch.complete(draws_BR, vocab_size, end_id, pad_id, temperature))
+            rows = slice(start, start + sampling.micro_batch_size)
+            batch = _Batch(model, prompts[rows], sampling)
+            parts.append(batch.complete(None if uniforms_NR is None else uniforms_NR[rows]))
     return Completions(
         tokens_NR=torch.cat([part.tokens_NR for part in parts]),
         lengths_N=torch.cat([part.lengths_N for part in parts]),
         finished_N=torch.cat([part.finished_N for part in parts]),
+        logprobs_NR=torch.cat([part.logprobs_NR for part in parts]),
         logprob_sums_N=torch.cat([part.logprob_sums_N for part in parts]),
     )
 
@@ -82,55 +74,61 @@ def _evaluating(model: GPTModel) -> Iterator[None]:
 class _Batch:
     """One batch under generation: prompts padded on the left, and their KV cache."""
 
-    def __init__(
-        self, model: GPTModel, prompts: Sequence[Prompt], max_response_length: int, pad_id: int
-    ) -> None:
+    def __init__(self, model: GPTModel, prompts: Sequence[Prompt], sampling: Sampling) -> None:
         self.model = model
+        self.sampling = sampling
         self.device = next(model.parameters()).device
         self.rows = len(prompts)
         self.prompt_width = max(len(prompt.tokens) for prompt in prompts)
-        self.max_response_length = max_response_length
         pads = [self.prompt_width - len(prompt.tokens) for prompt in prompts]
         self.prompt_BS = torch.tensor(
-            [[*([pad_id] * pad), *p.tokens] for pad, p in zip(pads, prompts, strict=True)],
+            [[*([sampling.pad_id] * pad), *p.tokens] for pad, p in zip(pads, prompts, strict=True)],
             device=self.device,
         )
-        total = self.prompt_width + max_response_length
+        total = self.prompt_width + sampling.max_response_length
         self.padding_BT = (
             torch.arange(total, device=self.device)
             < torch.tensor(pads, device=self.device)[:, None]
         )
         self.context = StaticInferenceContext(self.rows, total)
 
-    def complete(
-        self,
-        draws_BR: Tensor | None,
-        vocab_size: int,
-        end_id: int,
-        pad_id: int,
-        temperature: float,
-    ) -> Completions:
-        tokens_BR = torch.full((self.rows, self.max_response_length), pad_id, device=self.device)
+    def complete(self, draws_BR: Tensor | None) -> Completions:
+        sampling, limit = self.sampling, self.sampling.max_response_length
+        tokens_BR = torch.full((self.rows, limit), sampling.pad_id, device=self.device)
         lengths_B = torch.zeros(self.rows, dtype=torch.int64, device=self.device)
-        logprobs_B = torch.zeros(self.rows, dtype=torch.float64, device=self.device)
+        logprobs_BR = torch.zeros_like(tokens_BR, dtype=torch.float32)
+        logprob_sums_B = torch.zeros(self.rows, dtype=torch.float64, device=self.device)
         open_B = torch.ones(self.rows, dtype=torch.bool, device=self.device)
         logits_BV = self._prefill()
-        for step in range(self.max_response_length):
-            log_p_BV = _log_softmax(logits_BV[:, :vocab_size], draws_BR, temperature)
+        for step in range(limit):
+            log_p_BV = _log_softmax(
+                logits_BV[:, : sampling.vocab_size], draws_BR, sampling.temperature
+            )
             token_B = (
                 log_p_BV.argmax(dim=-1)
                 if draws_BR is None
                 else draw(log_p_BV, draws_BR[:, step].to(self.device))
             )
             chosen_B = log_p_BV.gather(1, token_B[:, None]).squeeze(1)
-            logprobs_B += torch.where(open_B, chosen_B, 0.0)
-            tokens_BR[:, step] = torch.where(open_B, token_B, pad_id)
+            chosen_B = torch.where(open_B, chosen_B, 0.0)
+            logprobs_BR[:, step] = chosen_B
+            logprob_sums_B += chosen_B
+            tokens_BR[:, step] = torch.where(open_B, token_B, sampling.pad_id)
             lengths_B += open_B
-            open_B &= token_B != end_id
-            if step + 1 == self.max_response_length or not bool(open_B.any()):
+            open_B &= token_B != sampling.end_id
+            if sampling.stop_strings:
+                self._close_stopped(tokens_BR[:, : step + 1], open_B)
+            if step + 1 == limit or not bool(open_B.any()):
                 break
             logits_BV = self._decode(tokens_BR[:, step : step + 1], step)
-        return Completions(tokens_BR, lengths_B, ~open_B, logprobs_B)
+        return Completions(tokens_BR, lengths_B, ~open_B, logprobs_BR, logprob_sums_B)
+
+    def _close_stopped(self, tokens_Br: Tensor, open_B: Tensor) -> None:
+        """Close the rows whose text holds a stop string, now that r tokens are drawn."""
+        sampling, rows_b = self.sampling, open_B.nonzero().squeeze(1)
+        for row, tokens in zip(rows_b.tolist(), tokens_Br[rows_b].tolist(), strict=True):
+            if stops(tokens, sampling.stop_strings, sampling.text):
+                open_B[row] = False
 
     def _prefill(self) -> Tensor:
         width = self.prompt_width

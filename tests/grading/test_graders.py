@@ -116,6 +116,36 @@ def test_numeric(answer: str, reference: str, near: float) -> None:
     assert numeric(1e-3)("", answer, reference) == near
 
 
+@pytest.mark.parametrize(
+    ("answer", "right"),
+    [
+        ("1,005", 1.0),
+        (r"1{,}005", 1.0),
+        (r"1,\!005", 1.0),
+        ("$1,005$", 1.0),
+        (r"\$1005", 1.0),
+        ("$1005", 1.0),
+        ("x = 1005", 1.0),
+        ("1005 apples", 1.0),
+        ("1005 square feet.", 1.0),
+        (r"1005\text{ cm}", 1.0),
+        (r"1005 \mathrm{ km}", 1.0),
+        (r"1\,005\,\mathrm{km}", 1.0),
+        ("The answer is 1005.", 1.0),
+        ("1 005", 1.0),
+        ("1005 or 1006", 0.0),
+        ("1006 apples", 0.0),
+        ("1005x", 0.0),
+        ("apples 1005", 0.0),
+        ("1.005", 0.0),
+        ("x = y = 1005", 0.0),
+        ("1005 " * 100, 0.0),
+    ],
+)
+def test_a_number_among_name_and_unit(answer: str, right: float) -> None:
+    assert numeric(1e-6)("", f"<answer>{answer}</answer>", "1,005") == right
+
+
 def test_a_reference_that_is_no_number_is_a_failed_grade() -> None:
     grading = Grading(GradingSettings(grader="numeric"), SortTask())
     (grade,) = grading.grade([text("1", "one")])

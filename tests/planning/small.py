@@ -38,7 +38,7 @@ def question(
 
 def shapes_of(asked: Question) -> Shapes:
     """The shapes of the question's model."""
-    return Shapes.of(asked.model, asked.workload.vocab_size)
+    return Shapes.of(asked.model, asked.vocab_size)
 
 
 def layout_of(asked: Question, tensor: int = 1, pipeline: int = 1, context: int = 1) -> Layout:

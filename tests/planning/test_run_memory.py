@@ -73,6 +73,15 @@ def test_a_model_parallel_policy_samples_from_a_replica() -> None:
     assert 2 * WEIGHTS / 2 < held["weights"] < 2 * WEIGHTS
 
 
+def test_a_policy_that_samples_as_it_trains_has_no_replica() -> None:
+    rollout = replace(CONFIG.rollout, tensor_model_parallel_size=2)
+    parallel = ParallelConfig(tensor_model_parallel_size=2)
+    config = replace(CONFIG, parallel=parallel, rollout=rollout)
+    assert run_memory(config, 4).held["replica"] == 0
+    stages = ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
+    assert run_memory(replace(config, parallel=stages), 4).held["replica"] == WEIGHTS
+
+
 def test_a_wider_micro_batch_needs_more() -> None:
     wide = replace(CONFIG, update=replace(CONFIG.update, micro_batch_size=4))
     narrow = run_memory(CONFIG, 1)

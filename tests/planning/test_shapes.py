@@ -10,11 +10,13 @@ from nemo_apo.planning.shapes import Shapes
 
 VOCABULARY = 151936
 PUBLISHED = {
+    "qwen3_0.6b": 596_049_920,
     "qwen3_1.7b": 1_720_574_976,
     "qwen3_4b": 4_022_468_096,
     "qwen3_8b": 8_190_735_360,
     "qwen3_14b": 14_768_307_200,
     "qwen3_32b": 32_762_123_264,
+    "qwen2.5_7b": 7_615_616_512,
 }
 
 
@@ -36,6 +38,12 @@ def tensors(model: ModelConfig, vocabulary: int) -> dict[str, tuple[int, ...]]:
             f"{layer}.input_norm": (hidden,),
             f"{layer}.post_attention_norm": (hidden,),
         }
+        if model.add_qkv_bias:
+            found |= {
+                f"{layer}.q_bias": (model.num_attention_heads * head,),
+                f"{layer}.k_bias": (model.num_query_groups * head,),
+                f"{layer}.v_bias": (model.num_query_groups * head,),
+            }
         if model.qk_layernorm:
             found |= {f"{layer}.q_norm": (head,), f"{layer}.k_norm": (head,)}
     return found
@@ -44,8 +52,9 @@ def tensors(model: ModelConfig, vocabulary: int) -> dict[str, tuple[int, ...]]:
 @pytest.mark.parametrize(("name", "published"), PUBLISHED.items())
 def test_the_published_totals(name: str, published: int) -> None:
     model = model_named(name)
-    listed = sum(math.prod(shape) for shape in tensors(model, VOCABULARY).values())
-    assert Shapes.of(model, VOCABULARY).parameters == listed == published
+    assert model.vocab_size is not None
+    listed = sum(math.prod(shape) for shape in tensors(model, model.vocab_size).values())
+    assert Shapes.of(model, model.vocab_size).parameters == listed == published
 
 
 def test_a_vocabulary_is_padded_as_the_model_says() -> None:

@@ -1,12 +1,13 @@
 """The sort task: rewards by hand, the teacher's habits, a held-out fifth that stays held out."""
 
+import itertools
 import subprocess
 import sys
 from random import Random
 
 import pytest
 
-from nemo_apo.tasks import Prompt, SortTask
+from nemo_apo.tasks import Prompt, PromptTurn, SortTask
 from nemo_apo.tasks.sort import is_held_out
 
 PROMPT = "364134"  # sorted: 133446
@@ -115,7 +116,7 @@ def test_a_fifth_is_held_out_and_never_trained_on() -> None:
     held_out = {digits for digits in every if is_held_out(digits)}
     assert len(held_out) / len(every) == pytest.approx(0.2, abs=0.02)
     task = SortTask(length=4)
-    train = {prompt.text for prompt in task.train_prompts(3000, Random(0))}
+    train = {prompt.text for prompt in task.train_prompts(3000, PromptTurn(0, 0))}
     taught = {prompt.text for prompt, _ in task.demonstrations(1000, Random(1))}
     test = {prompt.text for prompt in task.test_prompts(1000)}
     assert test <= held_out
@@ -144,9 +145,24 @@ def test_data_is_a_function_of_the_seed() -> None:
     task = SortTask()
     assert task.demonstrations(20, Random("a")) == task.demonstrations(20, Random("a"))
     assert task.demonstrations(20, Random("a")) != task.demonstrations(20, Random("b"))
-    assert task.train_prompts(20, Random("a")) == task.train_prompts(20, Random("a"))
+    turns = [PromptTurn(*numbers) for numbers in itertools.product((0, 1), repeat=3)]
+    drawn = [tuple(task.train_prompts(20, turn)) for turn in turns]
+    assert drawn == [tuple(task.train_prompts(20, turn)) for turn in turns]
+    assert len(set(drawn)) == len(turns)
     # More held-out prompts are the same ones first: figures of different sizes stay comparable.
     assert task.test_prompts(30)[:10] == task.test_prompts(10)
+
+
+@pytest.mark.parametrize(
+    ("turn", "digits"),
+    [
+        (PromptTurn(seed=0, step=0), ["233697", "889368", "511694"]),
+        (PromptTurn(seed=7, step=3, again=1), ["619476", "516768", "454329"]),
+    ],
+)
+def test_the_prompts_of_a_turn_never_change(turn: PromptTurn, digits: list[str]) -> None:
+    """Figures of earlier runs are of these prompts."""
+    assert [prompt.text for prompt in SortTask().train_prompts(3, turn)] == digits
 
 
 def test_lengths_bound_what_is_generated() -> None:
@@ -169,3 +185,14 @@ def test_lengths_bound_what_is_generated() -> None:
 def test_a_bad_value_is_refused_by_name(change: dict, named: str) -> None:
     with pytest.raises(ValueError, match=named):
         SortTask(**change)
+
+
+def test_tokens_of_a_model_beyond_the_digits_are_no_answer() -> None:
+    task = SortTask(length=2)
+    prompt = task.test_prompts(1)[0]
+    right = [*task.encode(task.reference(prompt))]
+    assert task.solved(prompt, [*right, task.end_id])
+    for wrong in (task.vocab_size, 151_935):
+        completion = [right[0], wrong, task.end_id]
+        assert task.text(completion)[1] == "?"
+        assert (task.grade(prompt, completion), task.solved(prompt, completion)) == (0.0, False)

@@ -4,7 +4,6 @@ import json
 import random
 from dataclasses import dataclass, replace
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from nemo_apo.core.alpha_schedule import ScheduleState
 from nemo_apo.core.diagnostics import DiagnosticsState
 from nemo_apo.parallel import layout as parallel_layout
 from nemo_apo.parallel.together import RankError, on_first, together
-from nemo_apo.tasks import Prompt
+from nemo_apo.tasks import Prompt, PromptTurn
 from nemo_apo.trainer import checkpoint
 from nemo_apo.trainer.checkpoint import TrainerState
 from nemo_apo.trainer.checkpoint_search import CheckpointError, newest_verified
@@ -148,7 +147,7 @@ def test_a_checkpoint_of_another_format_is_refused(
             load(tmp_path, training, tiny_config())
         return str(info.value)
 
-    assert "has format 99, expected 4" in run_ranks(1, work)[0]
+    assert "has format 99, expected 5" in run_ranks(1, work)[0]
 
 
 def test_weights_alone_cannot_be_resumed(tmp_path: Path) -> None:
@@ -166,8 +165,8 @@ def test_weights_alone_cannot_be_resumed(tmp_path: Path) -> None:
 class OtherPrompts(TokenSumTask):
     """The settings of the tiny task, with other data behind them."""
 
-    def train_prompts(self, count: int, task_rng: Random) -> list[Prompt]:
-        prompts = super().train_prompts(count, task_rng)
+    def train_prompts(self, count: int, turn: PromptTurn) -> list[Prompt]:
+        prompts = super().train_prompts(count, turn)
         return [*prompts[:-1], prompts[0]]
 
 

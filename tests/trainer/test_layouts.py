@@ -141,6 +141,25 @@ def test_nor_on_how_a_layout_saves_memory(
         assert_same(got, wanted)
 
 
+@pytest.mark.parametrize(
+    ("layout", "world_size"),
+    [
+        pytest.param(ParallelConfig(2), 2, id="TP2 samples as it trains"),
+        pytest.param(ParallelConfig(1, 2), 2, id="PP2 samples in TP2"),
+        pytest.param(ParallelConfig(1), 2, id="DP2 samples in TP2"),
+        pytest.param(ParallelConfig(2, sequence_parallel=True), 4, id="TP2+SP", marks=FOUR_RANKS),
+    ],
+)
+def test_nor_on_the_ranks_that_share_the_sampling_model(
+    layout: ParallelConfig, world_size: int
+) -> None:
+    wanted = on_one_rank(TIED, 2)
+    rollout = replace(TIED.rollout, tensor_model_parallel_size=2)
+    config = replace(TIED, rollout=rollout, parallel=layout)
+    for got in run_ranks(world_size, trace, config, 2):
+        assert_same(got, wanted)
+
+
 def test_padding_up_to_the_tensor_size_changes_nothing() -> None:
     """Vocabulary 12 padded to 16: with TP4 the last rank holds padding only."""
     model = replace(TINY_MODEL, num_query_groups=4)

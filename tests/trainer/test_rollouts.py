@@ -9,16 +9,22 @@ from nemo_apo.trainer.rollouts import Completions, Rollouts, assemble, check_tok
 PAD = 0
 
 
-def example(width: int = 7) -> Rollouts:
+def example(width: int = 7, token_logprobs: bool = False) -> Rollouts:
     prompts = [Prompt("a", (5, 6)), Prompt("b", (7, 8, 9)), Prompt("c", (4,))]
     completions = Completions(
         tokens_NR=torch.tensor([[10, 11, 1, 0], [10, 1, 0, 0], [3, 3, 3, 3]]),
         lengths_N=torch.tensor([3, 2, 4]),
         finished_N=torch.tensor([True, True, False]),
+        logprobs_NR=torch.tensor(
+            [[-0.2, -0.3, -0.5, 0.0], [-1.5, -0.5, 0.0, 0.0], [-0.75, -0.75, -0.75, -0.75]]
+        ),
         logprob_sums_N=torch.tensor([-1.0, -2.0, -3.0], dtype=torch.float64),
     )
     rewards = torch.tensor([1.0, 0.0, 0.5], dtype=torch.float64)
-    return assemble(prompts, completions, torch.tensor([0, 0, 1]), rewards, width, PAD)
+    groups = torch.tensor([0, 0, 1])
+    return assemble(
+        prompts, completions, groups, rewards, width, PAD, keeps_token_logprobs=token_logprobs
+    )
 
 
 def test_a_row_is_prompt_completion_padding() -> None:
@@ -40,6 +46,24 @@ def test_the_mask_is_true_where_the_target_is_a_completion_token() -> None:
     assert targets[0][rollouts.mask_NT[0]].tolist() == [10, 11, 1]
     assert rollouts.lengths_N.tolist() == [3.0, 2.0, 4.0]
     assert rollouts.truncated_N.tolist() == [False, False, True]
+
+
+def test_the_samplers_logprobs_stand_where_their_tokens_do() -> None:
+    assert example().sampler_logprobs_NT is None
+    logprobs = example(token_logprobs=True).sampler_logprobs_NT
+    assert logprobs is not None
+    torch.testing.assert_close(
+        logprobs,
+        torch.tensor(
+            [
+                [0.0, -0.2, -0.3, -0.5, 0.0, 0.0],
+                [0.0, 0.0, -1.5, -0.5, 0.0, 0.0],
+                [-0.75, -0.75, -0.75, -0.75, 0.0, 0.0],
+            ]
+        ),
+        rtol=0.0,
+        atol=0.0,
+    )
 
 
 def test_the_width_may_be_just_enough() -> None:

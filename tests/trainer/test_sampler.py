@@ -13,6 +13,7 @@ from torch import Tensor
 from nemo_apo.parallel import layout as parallel_layout
 from nemo_apo.parallel.step import causal_mask
 from nemo_apo.tasks import Prompt
+from nemo_apo.trainer.engines.interface import Sampling
 from nemo_apo.trainer.micro_batch import MicroBatch
 from nemo_apo.trainer.model import HiddenStateGPT
 from nemo_apo.trainer.policy import Policy
@@ -37,17 +38,7 @@ def mixed_prompts(count: int) -> list[Prompt]:
 def sample(
     model: Any, prompts: list[Prompt], draws: Tensor | None, temperature: float, batch: int
 ) -> Completions:
-    return generate(
-        model,
-        prompts,
-        draws,
-        vocab_size=VOCAB,
-        end_id=END,
-        pad_id=PAD,
-        max_response_length=LIMIT,
-        temperature=temperature,
-        micro_batch_size=batch,
-    )
+    return generate(model, prompts, draws, Sampling.of(TASK, VOCAB, temperature, batch))
 
 
 def trainers_sums(policy: Policy, prompts: list[Prompt], completions: Completions) -> Tensor:

@@ -91,6 +91,11 @@ def stopped_and_whole(config: Config, asked: int, layout: Layout | None = None) 
             replace(BASE, tau=AdaptiveTemperature(), anchor=AnchorConfig("ema")),
             id="adaptive tau, moving anchor",
         ),
+        pytest.param(
+            # At this cap every token that the sampler finds likelier than the trainer is weighed.
+            replace(BASE, rollout=replace(BASE.rollout, importance_cap=1.0)),
+            id="importance correction",
+        ),
     ],
 )
 def test_one_rank_goes_on_wherever_it_was_stopped(config: Config) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from nemo_apo.config import (
@@ -154,7 +155,25 @@ class Training:
     def weights(self) -> dict[str, Tensor]:
         """The whole model by name, whatever the layout."""
         module = self.policy.refit_sampler()
-        return {name: value.detach().clone() for name, value in module.named_parameters()}
+        named = module.named_parameters()
+        if self.policy.sampling_ranks == 1:
+            return {name: value.detach().clone() for name, value in named}
+        group = module.pg_collection.tp
+        return {name: _whole(name, value, group) for name, value in named}
+
+
+def _whole(name: str, part: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """A weight from its tensor-parallel parts."""
+    if not getattr(part, "tensor_model_parallel", False):
+        return part.detach().clone()
+    data = part.detach()
+    parts = [torch.empty_like(data) for _ in range(group.size())]
+    dist.all_gather(parts, data.contiguous(), group=group)
+    if not name.endswith("linear_fc1.weight"):
+        return torch.cat(parts, dim=part.partition_dim)
+    # Each rank holds its rows of the gate, then its rows of the other projection.
+    gates, others = zip(*(whole.chunk(2) for whole in parts), strict=True)
+    return torch.cat([*gates, *others])
 
 
 def begin(
