@@ -113,6 +113,12 @@ def test_refused_before_slurm_is_asked(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_layout_needs_the_ranks_of_all_nodes(capsys: pytest.CaptureFixture[str]) -> None:
+    four = ["cluster=cpu", "parallel=tp2_pp2", "--dry-run"]
+    assert "1 nodes x 2 ranks" in refusal(capsys, *four)
+    assert main(["launch", "slurm", *four, "cluster.nodes=2"]) == 0
+
+
 def test_a_folder_that_holds_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "runs" / "quickstart"
     folder.mkdir(parents=True)

@@ -95,14 +95,18 @@ def test_following_tells_changes_and_returns_the_highest_status(commands: Path) 
     assert told == ["job 12 PENDING", "job 12 RUNNING", "job 12 FAILED, status 3"]
 
 
-def test_following_outlives_a_controller_that_is_away(commands: Path) -> None:
+def test_following_outlives_a_controller_that_is_away_again_and_again(commands: Path) -> None:
     command(commands, "scontrol", "exit 1")
     asked = 0
 
     def sleep(_: float) -> None:
         nonlocal asked
         asked += 1
-        if asked == 5:
+        if asked == 11:
+            says(commands, "scontrol", RUNNING)
+        elif asked == 12:
+            command(commands, "scontrol", "exit 1")
+        elif asked == 23:
             says(commands, "scontrol", RUNNING.replace("RUNNING", "COMPLETED"))
 
     assert slurm.follow(["12"], print, sleep=sleep) == 0
