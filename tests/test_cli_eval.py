@@ -19,7 +19,9 @@ from nemo_apo import cli, record
 from nemo_apo.config import Config, EvaluationConfig, WarmStartConfig
 from nemo_apo.tasks import SortTask
 from nemo_apo.trainer import checkpoint, loop
+from tests.hf_checkpoint.tiny_checkpoints import make_model
 from tests.parallel.ranks import run_ranks
+from tests.tasks.tiny_chat import math_rows, save_tokenizer, write_jsonl
 from tests.trainer.tiny_runs import begin, tiny_config
 
 TWO_RANKS = ["parallel.backend=gloo"]
@@ -224,6 +226,30 @@ def test_weights_without_a_run(tmp_path: Path, trained: Path) -> None:
     assert outcomes[0] != told_by(trained, tmp_path)
     assert "there is no config.yaml of its run above" not in refused(weights, "--config", "none")
     assert "is neither" not in refused(f"warm_start.load={tmp_path / 'none'}", "--config", config)
+
+
+def test_a_pretrained_model_on_a_data_set(tmp_path: Path) -> None:
+    """Before any training: weights, tokenizer and chat template of a checkpoint of transformers."""
+    pytest.importorskip("datasets", reason="the math extra comes with requirements/test.txt")
+    folder, samples = tmp_path / "model", tmp_path / "samples.jsonl"
+    make_model("qwen3", vocab_size=300).save_pretrained(folder)
+    save_tokenizer(folder)
+    rows = write_jsonl(tmp_path / "problems.jsonl", math_rows(8))
+    asked = ["model=hf", f"model.path={folder}", "model.params_dtype=float32", "task=math"]
+    asked += [f"task.tokenizer={folder}", f"task.path={rows}", "task.held_out_share=0.4"]
+    asked += ["task.test_split=null", "task.max_response_length=4", "grading.grader=exact_match"]
+    asked += ["evaluation.prompts=2", "evaluation.pass_prompts=2", "evaluation.pass_k=2"]
+    asked += ["warm_start.steps=0", "--samples", str(samples)]
+    (outcome,) = evaluated(*asked)
+    assert outcome.status == 0, outcome.err
+    assert outcome.out.splitlines()[0] == str(folder)
+    lines = [json.loads(line) for line in samples.read_text().splitlines()]
+    assert len(lines) == 2 + 2 * 2
+    for line in lines:
+        added = int(line["prompt"].split("+")[1].split("$")[0])
+        assert line["reference"] == str(added + 1)
+        assert line["correct"] == (line["completion"].strip() == line["reference"])
+        assert line["reward"] == float(line["correct"])
 
 
 def told_by(run: Path, folder: Path) -> dict[str, float]:

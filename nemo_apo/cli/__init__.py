@@ -88,7 +88,7 @@ COMMANDS: dict[str, Command] = {
             "nemo-apo eval runs/quickstart --checkpoint best evaluation.prompts=2000",
             "nemo-apo eval runs/quickstart --checkpoint 40 --json 40.json --samples 40.jsonl",
             "nemo-apo eval runs/mine/checkpoints/step_000040 evaluation.pass_samples=64",
-            "nemo-apo eval model=hf model.path=/models/Qwen3-1.7B        before any training",
+            "nemo-apo eval model=hf model.path=MODEL task=math task.tokenizer=MODEL    untrained",
             "torchrun --nproc-per-node 2 -m nemo_apo eval runs/quickstart parallel=tp2",
         ),
         add_arguments=eval_command.add_arguments,

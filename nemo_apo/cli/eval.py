@@ -49,12 +49,12 @@ def main(arguments: argparse.Namespace) -> None:
     folder, overrides = _split(arguments.overrides)
     config = compose(overrides, _config_file(arguments.config, folder), arguments.config_dir)
     validate(config, world_size())
+    check_task_data(config)
     require_packages({"megatron": "trainer"})
     require_transformer_impl(config)
     ignore_fallback_warnings()
     weights = _weights(config, folder, arguments.checkpoint)
     require_grader(config)
-    check_task_data(config)
     from nemo_apo.cli.eval_output import as_json, sample_lines, table
     from nemo_apo.trainer.evaluated_weights import evaluate_weights
 

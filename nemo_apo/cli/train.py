@@ -7,6 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from nemo_apo.cli.dry_run import plan
 from nemo_apo.cli.overrides import add_config_arguments, composed
@@ -16,6 +17,7 @@ from nemo_apo.grading import GradingBroken
 from nemo_apo.grading.service import check_grader
 from nemo_apo.planning.memory import gigabytes
 from nemo_apo.planning.run_memory import run_memory
+from nemo_apo.trainer.transformer_impl import chosen_impl
 
 # How the warnings start that are about what this trainer chose on purpose.
 _FALLBACKS = (
@@ -109,6 +111,8 @@ def _check_memory(config: Config, ranks: int, available: int | None) -> None:
     """Raise ``ConfigError`` if a rank needs more memory than its GPU has in all."""
     if available is None:
         return
+    layers = chosen_impl(config.model, on_gpu=True)
+    config = replace(config, model=replace(config.model, transformer_impl=layers))
     memory, parallel = run_memory(config, ranks), config.parallel
     require(
         memory.total <= available,
@@ -124,8 +128,6 @@ def _check_memory(config: Config, ranks: int, available: int | None) -> None:
 def require_transformer_impl(config: Config) -> None:
     """Raise ``ConfigError`` for transformer layers that cannot run on this machine."""
     import torch
-
-    from nemo_apo.trainer.transformer_impl import chosen_impl
 
     on_gpu = config.parallel.backend != "gloo" and torch.cuda.is_available()
     chosen_impl(config.model, on_gpu)

@@ -17,6 +17,7 @@ from torch import Tensor
 from nemo_apo.hf_checkpoint.decoder import (
     ARCHITECTURES,
     CONFIG_FILE,
+    DTYPES,
     Decoder,
     UnfitCheckpoint,
     architecture_named_for,
@@ -26,7 +27,7 @@ from nemo_apo.hf_checkpoint.decoder import (
 from nemo_apo.hf_checkpoint.mapping import shapes
 from nemo_apo.hf_checkpoint.shards import INDEX_FILE, WEIGHT_MAP, WEIGHTS_FILE
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_TORCH_DTYPES = {name: getattr(torch, name) for name in DTYPES}
 MAX_SHARD_BYTES = 5_000_000_000
 # Copied as they are, where the origin has them.
 COPIED_FILES = (
@@ -56,7 +57,7 @@ def write_weights(
         folder: an existing folder.
         decoder: says which tensors there are.
         tensors: each by name, in the order of ``mapping.shapes``.
-        dtype: a key of ``DTYPES``.
+        dtype: one of ``DTYPES``.
         max_shard_bytes: largest content of a file; a larger tensor has one to itself.
 
     Returns:
@@ -65,7 +66,7 @@ def write_weights(
     Raises:
         UnfitCheckpoint: if a number is not finite in the type.
     """
-    files = _files(decoder, DTYPES[dtype].itemsize, max_shard_bytes)
+    files = _files(decoder, _TORCH_DTYPES[dtype].itemsize, max_shard_bytes)
     source = iter(tensors)
     for file, names in files.items():
         held: dict[str, Tensor] = {}
@@ -78,7 +79,7 @@ def write_weights(
     if len(files) == 1:
         return list(files)
     index = {
-        "metadata": {"total_size": _bytes(shapes(decoder).values(), DTYPES[dtype].itemsize)},
+        "metadata": {"total_size": _bytes(shapes(decoder).values(), _TORCH_DTYPES[dtype].itemsize)},
         WEIGHT_MAP: {name: file for file, names in files.items() for name in names},
     }
     _write_json(folder / INDEX_FILE, index)
@@ -109,7 +110,7 @@ def _bytes(sizes: Iterable[tuple[int, ...]], itemsize: int) -> int:
 
 
 def _converted(name: str, tensor: Tensor, dtype: str) -> Tensor:
-    converted = tensor.detach().to("cpu", DTYPES[dtype]).contiguous()
+    converted = tensor.detach().to("cpu", _TORCH_DTYPES[dtype]).contiguous()
     if not bool(converted.isfinite().all()):
         raise UnfitCheckpoint(f"{name} holds numbers that are not finite in {dtype}")
     return converted

@@ -12,6 +12,8 @@ from nemo_apo.hf_checkpoint.decoder import Decoder
 
 _HF, _MEGATRON = "model.layers.{layer}.", "decoder.layers.{layer}."
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
+# The one layout that may leave rows of the parameter unset: those of padding.
+VOCABULARY = "vocabulary"
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Target:
 
 
 MAPPING: dict[str, Target] = {
-    EMBEDDING: Target("embedding.word_embeddings.weight", "vocabulary", ("vocabulary", "hidden")),
+    EMBEDDING: Target("embedding.word_embeddings.weight", VOCABULARY, ("vocabulary", "hidden")),
     f"{_HF}input_layernorm.weight": Target(
         f"{_MEGATRON}input_layernorm.weight", "replicated", ("hidden",)
     ),
@@ -74,7 +76,7 @@ MAPPING: dict[str, Target] = {
         f"{_MEGATRON}mlp.linear_fc2.weight", "columns", ("hidden", "feed_forward")
     ),
     "model.norm.weight": Target("decoder.final_layernorm.weight", "replicated", ("hidden",)),
-    OUTPUT: Target("output_layer.weight", "vocabulary", ("vocabulary", "hidden")),
+    OUTPUT: Target("output_layer.weight", VOCABULARY, ("vocabulary", "hidden")),
 }
 
 # Sizes that shapes are written in.
@@ -187,7 +189,7 @@ LAYOUTS: dict[str, Callable[[Decoder, Share, tuple[int, ...]], Iterator[Piece]]]
     # Whole on every rank.
     "replicated": _replicated,
     # Rows of tokens, divided among the ranks; those of padding have no source.
-    "vocabulary": _vocabulary,
+    VOCABULARY: _vocabulary,
     # Columns divided (megatron's row-parallel layers, whose inputs are divided).
     "columns": _columns,
     # Each query group: its queries, then its key, then its value; whole groups on a rank.

@@ -43,10 +43,12 @@ class Shards:
             as the output layer's, which some published checkpoints do.
     """
 
-    def __init__(self, files: Mapping[str, Any], headers: Mapping[str, Header]) -> None:
+    def __init__(
+        self, files: Mapping[str, Any], headers: Mapping[str, Header], has_spare_output: bool
+    ) -> None:
         self._files = files
         self._headers = headers
-        self.has_spare_output = False
+        self.has_spare_output = has_spare_output
 
     def read(self, name: str, rows: slice, columns: slice) -> Tensor:
         """A rectangle of a tensor, or rows of a vector, as stored; nothing else is read.
@@ -73,13 +75,12 @@ def open_shards(folder: Path, decoder: Decoder) -> Iterator[Shards]:
         files, where = _found(folder)
         opened = {name: stack.enter_context(_open(folder, name)) for name in files}
         headers = _headers(opened, where)
-        shards = Shards(opened, headers)
         wanted = shapes(decoder)
-        if decoder.tied_embeddings and OUTPUT in headers:
+        has_spare_output = decoder.tied_embeddings and OUTPUT in headers
+        if has_spare_output:
             wanted[OUTPUT] = wanted[EMBEDDING]
-            shards.has_spare_output = True
         _check_tensors(headers, wanted)
-        yield shards
+        yield Shards(opened, headers, has_spare_output)
 
 
 def _found(folder: Path) -> tuple[list[str], dict[str, str] | None]:

@@ -13,13 +13,14 @@ and the larger of three, which are never held together:
     sampling        keys and values of a batch, its prompts' attention scores in one layer, and the
                     float64 distribution over the vocabulary that a token is drawn from
 
-Attention scores count in full: the trainer's layers are megatron-core's local ones. Whatever the
-allocator loses to fragments comes on top. Computed, not measured.
+Attention scores count in full: the trainer's layers are megatron-core's local ones, unless
+``model.transformer_impl`` is "transformer_engine" ("auto" counts as "local"); the sampler's always
+are. Whatever the allocator loses to fragments comes on top. Computed, not measured.
 """
 
 from dataclasses import dataclass, replace
 
-from nemo_apo.config import Config, vocab_size
+from nemo_apo.config import TRANSFORMER_ENGINE, Config, vocab_size
 from nemo_apo.planning.activations import FLOAT, local_tokens, split
 from nemo_apo.planning.layout import Layout
 from nemo_apo.planning.memory import (
@@ -100,9 +101,16 @@ def _question(config: Config, world_size: int) -> Question:
             sequences=rollout.prompts * rollout.group_size // update.mini_batches,
             micro_batch_size=update.micro_batch_size,
             vocab_size=vocab_size(config),
-            attention="gathered" if parallel.context_parallel_size > 1 else "unfused",
+            attention=_attention(config),
         ),
     )
+
+
+def _attention(config: Config) -> str:
+    """Which attention trains, in the terms of ``nemo_apo.planning.settings``."""
+    if config.model.transformer_impl == TRANSFORMER_ENGINE:
+        return "fused"
+    return "gathered" if config.parallel.context_parallel_size > 1 else "unfused"
 
 
 def _layout(config: Config, world_size: int, question: Question) -> Layout:
@@ -139,7 +147,7 @@ def _replica(config: Config, question: Question, shapes: Shapes, layout: Layout)
     """The model that samples, 0 where the one under training is laid out as it is asked for."""
     ranks = config.rollout.tensor_model_parallel_size
     like = (layout.pipeline * layout.context, layout.tensor) == (1, ranks)
-    if like and not layout.sequence_parallel:
+    if like and not layout.sequence_parallel and question.workload.has_local_layers:
         return 0
     return question.number_bytes * split(shapes.parameters, ranks)
 
@@ -155,6 +163,7 @@ def _log_prob_pass(config: Config, question: Question, shapes: Shapes, layout: L
     question = replace(question, workload=workload)
     number, tokens = question.number_bytes, local_tokens(question, layout)
     scores = split(tokens * workload.sequence_length * shapes.heads, layout.tensor)
+    scores *= workload.has_local_layers
     feed_forward = 3 * number * split(tokens * shapes.feed_forward, layout.tensor)
     layer = max((number + 2 * FLOAT) * scores, feed_forward) + 2 * number * tokens * shapes.hidden
     return max(layer, log_prob_workspace(question, shapes, layout))

@@ -156,11 +156,7 @@ class ChatTask(abc.ABC):
         return [str(self._data.training), str(self._data.held_out), *self._chat.notes()]
 
     def fingerprint(self) -> str:
-        prompts = (*self._data.train_prompts, None, *self._data.test_prompts)
-        return curation.digest(
-            ("held out",) if prompt is None else (prompt.text, prompt.reference, prompt.tokens)
-            for prompt in prompts
-        )
+        return self._digest
 
     def train_prompts(self, count: int, turn: PromptTurn) -> list[Prompt]:
         prompts = self._data.train_prompts
@@ -213,6 +209,15 @@ class ChatTask(abc.ABC):
         training.dropped.update(filter(None, reasons))
         kept = zip(training.problems, reasons, strict=True)
         training.problems = [problem for problem, reason in kept if reason is None]
+
+    # Every checkpoint asks for it.
+    @functools.cached_property
+    def _digest(self) -> str:
+        prompts = (*self._data.train_prompts, None, *self._data.test_prompts)
+        return curation.digest(
+            ("held out",) if prompt is None else (prompt.text, prompt.reference, prompt.tokens)
+            for prompt in prompts
+        )
 
     def _parts(self) -> tuple[Part, Part]:
         train_source, test_source = self._sources()

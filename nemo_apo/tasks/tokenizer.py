@@ -163,7 +163,7 @@ def tokenizer_folder(folder: str | None) -> Path:
     if folder is None:
         raise ValueError(f"task.tokenizer=null: must be a checkpoint's folder, {_EXAMPLE}")
     if not Path(folder).is_dir():
-        raise ValueError(f"task.tokenizer={folder}: there is no such folder; {_EXAMPLE}")
+        raise ValueError(f"task.tokenizer={folder}: there is no such folder")
     return Path(folder)
 
 

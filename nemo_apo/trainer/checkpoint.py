@@ -191,7 +191,7 @@ def load(
     folder = found.folder
     if STATE_FILE not in found.manifest.files:
         raise CheckpointError(f"cannot resume from {folder}: it holds weights alone")
-    content = _content(folder)
+    content = state_content(folder)
     # What is left of a rollout is trained as it began, so nothing may change.
     allowed = () if _ROLLOUT in content else config.run.allow_changed
     _check_config(folder, content["config"], config, allowed)
@@ -225,8 +225,12 @@ def load(
     return state, rollout
 
 
-def _content(folder: Path) -> dict[str, Any]:
-    """What the state file of a checkpoint holds."""
+def state_content(folder: Path) -> dict[str, Any]:
+    """What the state file of a verified checkpoint holds.
+
+    Raises:
+        CheckpointError: if it is of another format.
+    """
     content = json.loads((folder / STATE_FILE).read_text())
     if content["format"] != _FORMAT:
         raise CheckpointError(f"{folder} has format {content['format']}, expected {_FORMAT}")
@@ -274,7 +278,7 @@ def load_for_evaluation(found: Verified, policy: Policy, config: Config) -> None
         CheckpointError: if it is of another model or vocabulary; all else may differ.
     """
     if STATE_FILE in found.manifest.files:
-        changed = model_changes(_content(found.folder)["config"], config)
+        changed = model_changes(state_content(found.folder)["config"], config)
         if changed:
             raise CheckpointError(f"cannot evaluate {found.folder}: {'; '.join(changed)}")
     _load_model(found, policy)

@@ -17,6 +17,7 @@ from nemo_apo.trainer.loop import build_policy, set_threads
 from nemo_apo.trainer.policy import Policy
 from nemo_apo.trainer.ranks import ranks
 from nemo_apo.trainer.retention import METRICS
+from nemo_apo.trainer.same_data import check_same_data
 from nemo_apo.trainer.sealed_folder import DamagedFolder, read_manifest
 
 LATEST, BEST = "latest", "best"
@@ -97,10 +98,12 @@ def evaluate_weights(config: Config, folder: Path | None) -> Evaluated:
         GradingBroken: on all ranks, if one of them has no worker.
         RanksLost: if some ranks no longer answer.
         StoppedEarly: on all ranks, after a signal or ``run.max_time``.
+        TrainingStopped: on all ranks, if they have read different data.
     """
     set_threads(config.run)
     check_engine(config)
     with ranks(config) as (layout, stop):
+        check_same_data(config.task)
         load = config.warm_start.load
         policy = build_policy(config, layout, weights_follow=bool(folder or load))
         step = _load(config, folder, policy)

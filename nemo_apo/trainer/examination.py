@@ -29,7 +29,8 @@ class Answers:
         prompts: the prompts, each repeated for all its completions.
         completions: what the policy said.
         right: whether it is the right answer.
-        rewards: as in training, NaN where the grade failed; empty where nothing had to be graded.
+        rewards: by the grader alone, without the terms of shaping; NaN where it failed; empty
+            where nothing had to be graded.
         reasons: why a grade failed, a key of ``nemo_apo.grading.REASONS``, or "".
         votes: its normalised answer, None where it gives none.
     """
@@ -97,16 +98,15 @@ def _judged(
 ) -> Answers:
     """Whether completions are right, and by ``needs_rewards`` their rewards in any case."""
     task, by_task = config.task, config.grading.grader == TASK_GRADER
-    rewards, correct = [], []
+    rewards: list[float] = []
     reasons = [""] * len(prompts)
     if needs_rewards or not by_task:
         graded = grade(policy.layout, grading, task, prompts, completions)
-        rewards, correct = graded.rewards_N.tolist(), graded.correct_N.tolist()
-        reasons = list(graded.reasons)
+        rewards, reasons = graded.correct_N.tolist(), list(graded.reasons)
     if by_task:
         right = [task.solved(prompt, completions.row(row)) for row, prompt in enumerate(prompts)]
     else:
-        right = [value >= 1.0 for value in correct]  # NaN is not
+        right = [reward >= 1.0 for reward in rewards]  # NaN is not
     votes = [
         vote(task.text(completions.row(row)), finished, config.grading.grader)
         for row, finished in enumerate(completions.finished_N.tolist())

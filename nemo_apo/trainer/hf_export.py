@@ -4,7 +4,6 @@ The checkpoint is read as the whole model, whatever layout wrote it. The folder 
 hidden name, written out to disk and renamed once.
 """
 
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +28,7 @@ from nemo_apo.hf_checkpoint.export import (
 from nemo_apo.parallel import layout as parallel_layout
 from nemo_apo.parallel.layout import Layout
 from nemo_apo.parallel.together import RankError
-from nemo_apo.trainer.checkpoint import ORIGIN, STATE_FILE
+from nemo_apo.trainer.checkpoint import ORIGIN, STATE_FILE, state_content
 from nemo_apo.trainer.checkpoint_search import newest_verified, verify
 from nemo_apo.trainer.durable_files import make_partial, publish, settle_file
 from nemo_apo.trainer.fixed_config import VOCABULARY
@@ -107,10 +106,9 @@ def export(
 
 def _source(source: Path, origin: Path | None) -> _Source:
     folder = _checkpoint(source)
-    path = folder / STATE_FILE
-    if not path.is_file():
+    if not (folder / STATE_FILE).is_file():
         raise ConfigError(f"{folder} holds weights alone, and nothing says of which model")
-    content = json.loads(path.read_text())
+    content = state_content(folder)
     values = content["config"]
     model = typed_section("model", _section(values))
     known = content.get(ORIGIN)

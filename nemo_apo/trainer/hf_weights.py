@@ -18,6 +18,7 @@ from nemo_apo.hf_checkpoint.mapping import (
     EMBEDDING,
     MAPPING,
     OUTPUT,
+    VOCABULARY,
     Piece,
     Share,
     Target,
@@ -65,18 +66,18 @@ def fill_module(module: GPTModel, shards: Shards, decoder: Decoder, rank: int, s
     sources = _by_parameter(decoder)
     for name, parameter in named_weights(module):
         share = Share(rank, size, parameter.shape[0])
-        filled = 0
-        if "word_embeddings" in name or "output_layer" in name:
+        is_vocabulary = any(target.layout == VOCABULARY for _, target in sources[name])
+        if is_vocabulary:
             parameter.zero_()
-            filled = parameter.numel()
+        filled = 0
         for source, target in sources[name]:
             for piece in pieces(decoder, target, share):
                 read = shards.read(source, piece.rows, piece.columns)
                 parameter[piece.target_rows].copy_(read)
-                filled += 0 if target.layout == "vocabulary" else read.numel()
+                filled += read.numel()
                 if source == EMBEDDING and shards.has_spare_output:
                     _check_spare(shards, piece, read)
-        assert filled == parameter.numel(), (name, filled, parameter.shape)
+        assert is_vocabulary or filled == parameter.numel(), (name, filled, parameter.shape)
 
 
 def tensors_of(module: GPTModel, decoder: Decoder) -> Iterator[tuple[str, Tensor]]:

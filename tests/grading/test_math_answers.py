@@ -10,7 +10,7 @@ pytest.importorskip("math_verify", reason="the math extra comes with requirement
 
 from omegaconf import OmegaConf
 
-from nemo_apo.grading.math_answers import check_answer, math_grader
+from nemo_apo.grading.math_answers import _is_foreign, check_answer, math_grader
 from nemo_apo.grading.outcome import Grade, Refused, attempt
 
 from .workers import LONG, pool, text
@@ -128,6 +128,24 @@ def test_source_made_from_an_answer_is_stopped_at_the_compiler(
     check_answer(HOSTILE[name])  # nothing in the text itself gives it away
     with pytest.raises(Refused, match="run as code"):
         grader("", boxed(HOSTILE[name]), "2")
+
+
+def test_only_arithmetic_of_monomials_may_be_made() -> None:
+    """The function that SymPy makes, and what would be something else in its clothes."""
+    source = "def monomial_div(A, B):\n    (a0,) = A\n    (b0,) = B\n    r0 = a0 - b0\n"
+    source += "    if r0 < 0: return None\n    return (r0,)\n"
+    assert not _is_foreign(source.encode(), "<string>")
+    for harmless, harmful in (
+        ("A\n", "open('x')\n"),
+        ("A\n", "x\n"),
+        ("(A, B)", "(A, B=print())"),
+        ("return (r0,)", "return r0(A)"),
+        ("monomial_div", "monomial_eval"),
+        ("    return (r0,)\n", "    return (r0,)\nprint(1)\n"),
+        ("r0 = a0", "r0 = a0.__class__"),
+    ):
+        assert harmless in source
+        assert _is_foreign(source.replace(harmless, harmful, 1).encode(), "<string>")
 
 
 def test_code_outside_a_comparison_is_not_touched(

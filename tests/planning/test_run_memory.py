@@ -73,6 +73,18 @@ def test_a_model_parallel_policy_samples_from_a_replica() -> None:
     assert 2 * WEIGHTS / 2 < held["weights"] < 2 * WEIGHTS
 
 
+def test_transformer_engine_keeps_no_scores_but_a_replica() -> None:
+    model = replace(SMALL, transformer_impl="transformer_engine")
+    memory, local = run_memory(replace(CONFIG, model=model), 1), run_memory(CONFIG, 1)
+    assert memory.held == {**local.held, "replica": 2 * WEIGHTS}
+    # The feed-forward of two rows of 11 tokens in place of their scores, or their log-probs.
+    assert memory.phases["log-prob pass"] < local.phases["log-prob pass"]
+    assert memory.phases["optimizer step"] < local.phases["optimizer step"]
+    assert memory.phases["sampling"] == local.phases["sampling"]
+    auto = replace(SMALL, transformer_impl="auto")
+    assert run_memory(replace(CONFIG, model=auto), 1) == local
+
+
 def test_a_policy_that_samples_as_it_trains_has_no_replica() -> None:
     rollout = replace(CONFIG.rollout, tensor_model_parallel_size=2)
     parallel = ParallelConfig(tensor_model_parallel_size=2)

@@ -1,5 +1,6 @@
 """Tasks from data sets, by the real ``datasets`` library on tiny files: what is kept and why."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -16,7 +17,12 @@ pytest.importorskip("datasets", reason="the math extra comes with requirements/t
 
 import datasets
 
-from nemo_apo.config import Config, ConfigError, EvaluationConfig, check_task_data
+from nemo_apo import cli
+from nemo_apo.compose import compose
+from nemo_apo.config import Config, ConfigError, EvaluationConfig, check_task_data, validate
+from nemo_apo.grading import GradingSettings, Sample
+from nemo_apo.grading.pool import WorkerPool
+from nemo_apo.grading.settings import Order
 from nemo_apo.tasks import PromptTurn
 from nemo_apo.tasks.curation import (
     CONFLICT,
@@ -30,6 +36,7 @@ from nemo_apo.tasks.curation import (
     TOO_LONG,
 )
 from nemo_apo.tasks.data_sets import DatasetTask, Gsm8kTask, MathTask
+from nemo_apo.trainer import loop
 from nemo_apo.trainer.fixed_config import changes, fixed_values
 
 from .tiny_chat import gsm8k_rows, math_rows, save_tokenizer, write_jsonl
@@ -493,6 +500,70 @@ class TestIdentity:
         assert done.stdout.split() == [math.fingerprint(), *ids]
 
 
+class TestCommand:
+    @pytest.fixture
+    def overrides(self, math: MathTask) -> list[str]:
+        return [
+            "task=math",
+            f"task.tokenizer={math.tokenizer}",
+            f"task.path={math.path}",
+            f"task.test_path={math.test_path}",
+            "warm_start.steps=0",
+            "grading.grader=exact_match",
+            "evaluation.prompts=5",
+            "evaluation.pass_prompts=2",
+        ]
+
+    def test_the_report_is_printed_before_training(
+        self,
+        overrides: list[str],
+        math: MathTask,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture,
+    ) -> None:
+        monkeypatch.setattr(loop, "run", lambda config: print("training begins"))
+        assert cli.main(["train", *overrides]) in (0, None)
+        assert capsys.readouterr().out.splitlines() == [*math.data_report(), "training begins"]
+
+    @pytest.mark.parametrize(
+        ("wrong", "message"),
+        [
+            ("task.path=/none.jsonl", "task.path=/none.jsonl: there is no such file or folder"),
+            ("task.tokenizer=/none", "task.tokenizer=/none: there is no such folder"),
+            ("task.tokenizer=null", "task.tokenizer=null: must be a checkpoint's folder"),
+            (
+                "evaluation.prompts=6",
+                "evaluation.prompts=6: must not exceed the 5 held-out prompts",
+            ),
+            ("warm_start.steps=1", "warm_start.steps=1: must be 0 (or set warm_start.load): task="),
+            ("grading.grader=task", "grading.workers=0: must be at least 1 for this grader"),
+        ],
+    )
+    def test_what_is_wrong_is_said_before_anything_starts(
+        self,
+        wrong: str,
+        message: str,
+        overrides: list[str],
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture,
+    ) -> None:
+        monkeypatch.setattr(loop, "run", lambda config: pytest.fail("training begins"))
+        monkeypatch.chdir(tmp_path)
+        try:
+            status = cli.main(["train", *overrides, wrong])
+        except SystemExit as ended:
+            status = ended.code
+        assert status == 2
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "runs").exists()
+
+    def test_numbers_are_graded_without_a_worker(self, overrides: list[str]) -> None:
+        config = compose(["task=gsm8k", *overrides[1:5]])
+        validate(config, 1)
+        assert (config.grading.grader, config.grading.workers) == ("numeric", 0)
+
+
 def test_graded_by_text(math: MathTask) -> None:
     """Its own grade compares characters; training uses the grader by name."""
     prompt = math.test_prompts(1)[0]
@@ -501,6 +572,22 @@ def test_graded_by_text(math: MathTask) -> None:
     assert math.grade(prompt, right[:-20]) == 0.0
     assert Config(task=math).grading.grader == "math_verify"
     assert Config().grading.grader == "task"
+
+
+def test_a_grading_worker_needs_neither_data_nor_tokenizer() -> None:
+    task = Gsm8kTask(path="/none.jsonl", tokenizer="/none", stop_strings=("</answer>",))
+    order = Order.of(GradingSettings(grader="numeric", workers=1), task)
+    with contextlib.closing(WorkerPool(order)) as pool:
+        grades = pool.grade([Sample("?", (), "<answer>1005</answer>", (), "1,005")])
+    assert [grade.value for grade in grades] == [1.0]
+
+
+def test_a_task_comes_back_from_its_fields() -> None:
+    """As a worker makes it, from JSON."""
+    task = MathTask(levels=(3, 4), subjects=("Algebra",), stop_strings=("a",))
+    fields = Order.from_bytes(Order.of(GradingSettings(), task).to_bytes()).task_fields
+    assert MathTask(**fields) == task
+    assert hash(MathTask(**fields)) == hash(task)
 
 
 def test_importing_the_tasks_loads_no_library() -> None:

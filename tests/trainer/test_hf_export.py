@@ -248,6 +248,16 @@ class TestRefused:
         assert "exists already" in refusal(source, tmp_path)
         assert list(tmp_path.iterdir()) == []
 
+    def test_weights_alone(self, tmp_path: Path) -> None:
+        config = tiny_config()
+
+        def save() -> None:
+            layout = parallel_layout.initialize(config.parallel, 0)
+            checkpoint.save_weights(tmp_path / "weights", build_policy(config, layout))
+
+        run_ranks(1, save)
+        assert "holds weights alone" in refusal(tmp_path / "weights", tmp_path / "out")
+
     def test_no_run(self, tmp_path: Path) -> None:
         message = refusal(tmp_path, tmp_path / "out")
         assert "neither a checkpoint nor a run with checkpoints" in message

@@ -158,16 +158,26 @@ def test_the_static_engine_agrees_with_the_trainer_token_by_token() -> None:
     run_ranks(1, work)
 
 
+class FarReferenceStep(OffStep):
+    """An RL step whose policy is not its reference, so that a penalty has a gradient."""
+
+    def _read(self, rollouts: Rollouts) -> Rollouts:
+        rollouts = super()._read(rollouts)
+        reference_NT = known(rollouts.reference_logprobs_NT) - 0.5
+        return replace(rollouts, reference_logprobs_NT=reference_NT)
+
+
 def test_regularizers_are_not_scaled() -> None:
     """With equal rewards the objective has no gradient, and that of the regularizers is left."""
 
     def work() -> None:
         layout = parallel_layout.initialize(ParallelConfig(), 0)
-        regularizers = Regularizers(kl_coef=0.2, kl_estimator="k3", entropy_coef=0.3)
+        regularizers = Regularizers(kl_coef=0.2, kl_estimator="k3", entropy_coef=0.1)
         found = []
         for config in (BASE, CAPPED):
             config = replace(config, task=EqualRewardTask(), regularizers=regularizers)
-            training = begin(replace(config, objective=OBJECTIVES["grpo"]), layout, OffStep)
+            config = replace(config, objective=OBJECTIVES["grpo"])
+            training = begin(config, layout, FarReferenceStep)
             found.append(first_gradient(training))
         plain, capped = found
         assert all(torch.equal(plain[name], capped[name]) for name in plain)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nemo_apo import record
-from nemo_apo.config import Config, RunConfig, UpdateConfig
+from nemo_apo.config import Config, ConfigError, RunConfig, UpdateConfig
 from nemo_apo.core.alpha_schedule import ScheduleState
 from nemo_apo.core.filtering import GroupRules
 from nemo_apo.record import KeptGroup
@@ -18,6 +18,7 @@ from nemo_apo.trainer.kept_samples import keeps_samples
 from nemo_apo.trainer.loop import run
 from nemo_apo.trainer.metrics import MetricsLog
 from nemo_apo.trainer.rl_step import StoppedInRollout
+from nemo_apo.trainer.run_folder import check_folder
 from tests.parallel.ranks import run_ranks
 
 from .test_stop_in_rollout import StopsAt, through_a_file
@@ -168,3 +169,10 @@ def drawn_on_a_rank(folder: Path) -> tuple[KeptGroup, ...]:
 def test_all_ranks_hold_the_same(tmp_path: Path) -> None:
     (single,) = run_ranks(1, drawn_on_a_rank, tmp_path)
     assert run_ranks(2, drawn_on_a_rank, tmp_path) == [single, single]
+
+
+def test_a_folder_that_holds_samples_holds_a_run(tmp_path: Path) -> None:
+    check_folder(tmp_path, "error")
+    (tmp_path / record.SAMPLES_FILE).write_text("")
+    with pytest.raises(ConfigError, match="already holds a run"):
+        check_folder(tmp_path, "error")
