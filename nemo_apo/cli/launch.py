@@ -180,11 +180,17 @@ def _submitted(launch: Launch, script: str, overrides: list[str]) -> list[str]:
         path.unlink()
         launch.folder.rmdir()
         raise ConfigError(f"Slurm would not take the job: {error}") from None
-    jobs = [slurm.submit(path) for _ in range(launch.cluster.chain)]
-    if launch.elements:
-        report = launch.folder / REPORT_SCRIPT
-        report.write_text(render_report(launch, jobs[-1]), encoding="utf-8")
-        jobs.append(slurm.submit(report))
+    jobs: list[str] = []
+    try:
+        for _ in range(launch.cluster.chain):
+            jobs.append(slurm.submit(path))
+        if launch.elements:
+            report = launch.folder / REPORT_SCRIPT
+            report.write_text(render_report(launch, jobs), encoding="utf-8")
+            jobs.append(slurm.submit(report))
+    except slurm.SlurmError:
+        slurm.cancel(jobs)
+        raise
     _write_record(launch, jobs, overrides)
     return jobs
 

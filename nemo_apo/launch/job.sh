@@ -136,7 +136,8 @@ export NEMO_APO_NODES="${hosts[*]}"
 export MASTER_PORT=$((20000 + 2 * (SLURM_JOB_ID % 20000)))
 # srun gives its tasks this script's environment, of which sbatch exported nothing.
 export SLURM_EXPORT_ENV=ALL
-export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
+# Since 22.05 srun no longer takes this from sbatch.
+[[ -z ${SLURM_CPUS_PER_TASK:-} ]] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 newest=$(newest_checkpoint)
 say "nodes ${hosts[*]}, $ranks_per_node ranks each, run $run_folder, newest checkpoint $newest," \
     "image ${image:-none}"

@@ -73,8 +73,8 @@ def render(launch: Launch) -> str:
     return "\n".join(lines) + "\n\n" + SHARED_PART.read_text(encoding="utf-8")
 
 
-def render_report(launch: Launch, array: str) -> str:
-    """The script of the job that makes a sweep's report once the jobs of the array have ended."""
+def render_report(launch: Launch, arrays: Sequence[str]) -> str:
+    """The script of the job that makes a sweep's report once the jobs of the arrays have ended."""
     cluster = launch.cluster
     options = [
         f"--job-name=nemo_apo-{launch.name}-report",
@@ -85,7 +85,7 @@ def render_report(launch: Launch, array: str) -> str:
         f"--chdir={launch.workdir}",
         f"--output={launch.folder}/report-%j.log",
         "--export=NONE",
-        f"--dependency=afterany:{array}",
+        f"--dependency=afterany:{':'.join(arrays)}",
     ]
     lines = [
         "#!/usr/bin/env bash",

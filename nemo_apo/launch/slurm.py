@@ -83,8 +83,9 @@ def submit(script: Path) -> str:
 
 
 def cancel(jobs: Sequence[str]) -> None:
-    """Cancel jobs."""
-    _run("scancel", *jobs)
+    """Cancel jobs, if there are any."""
+    if jobs:
+        _run("scancel", *jobs)
 
 
 def states(job: str) -> list[JobState]:

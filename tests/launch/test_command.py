@@ -171,3 +171,19 @@ def test_the_record_of_a_launch(
     assert written["ranks"] == 2
     assert (record.parent / "job.sbatch").read_text().count("--dependency=singleton") == 1
     assert str(record.parent) in capsys.readouterr().out
+
+
+def test_jobs_that_were_submitted_are_cancelled_if_the_next_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bin").mkdir()
+    for name, body in {
+        "sbatch": "echo 7; [[ $1 == --test-only || ! -e ${0%/*}/full ]] || exit 1; "
+        "[[ $1 == --test-only ]] || touch ${0%/*}/full",
+        "scancel": "echo $* >${0%/*}/cancelled",
+    }.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    refusal(capsys, "cluster=cpu", "cluster.chain=2")
+    assert (tmp_path / "bin" / "cancelled").read_text() == "7\n"

@@ -39,7 +39,7 @@ SelectTypeParameters=CR_Core
 SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1,sched_min_interval=0
 ReturnToService=2
 SlurmdTimeout=6
-KillWait=20
+KillWait=5
 FirstJobId={first_job}
 MinJobAge=600
 JobRequeue=1

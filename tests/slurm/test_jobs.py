@@ -122,6 +122,17 @@ def test_a_lost_node_is_survived(
     report(f"lost node at {moment}", 1)
 
 
+def test_the_next_job_of_a_chain_goes_on(slurm: LocalSlurm, whole: Path, tmp_path: Path) -> None:
+    job, folder = disturbed(tmp_path, 2, "cluster.chain=3")
+    chain = [job, *(str(int(job) + number) for number in (1, 2))]
+    assert jobs.fields(chain[1])["Dependency"].startswith("singleton")
+    subprocess.run(["scancel", "--signal=USR1", "--batch", job], check=True)
+    found = [jobs.wait_for(one, folder, "COMPLETED", "FAILED", "CANCELLED") for one in chain]
+    assert [one["ExitCode"] for one in found] == ["75:0", "0:0", "0:0"], jobs.logs(folder)
+    assert [one["Restarts"] for one in found] == ["0", "0", "0"]
+    assert jobs.metrics(folder) == jobs.metrics(whole)
+
+
 def test_starts_without_progress_end_the_job(slurm: LocalSlurm, tmp_path: Path) -> None:
     job, folder = disturbed(tmp_path, None, "cluster.stalled_starts=1")
     subprocess.run(["scancel", "--signal=USR1", "--batch", job], check=True)
