@@ -69,20 +69,23 @@ def test_the_script_is_the_golden_one(
     assert text == golden.read_text()
 
 
+def faults(script: str) -> str:
+    """What shellcheck says of a script."""
+    places = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    shellcheck = shutil.which("shellcheck", path=places)
+    if shellcheck is None:
+        pytest.skip("shellcheck is not installed: bash -n alone has read the script")
+    command = [shellcheck, "--shell=bash", "-"]
+    return subprocess.run(command, input=script, capture_output=True, text=True).stdout
+
+
 @pytest.mark.parametrize("name", GOLDEN)
 def test_the_script_is_sound_shell(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = script_of(GOLDEN[name], tmp_path, capsys)
     subprocess.run(["bash", "-n"], input=text, text=True, check=True)
-    places = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    shellcheck = shutil.which("shellcheck", path=places)
-    if shellcheck is None:
-        pytest.skip("shellcheck is not installed: bash -n alone has read the script")
-    done = subprocess.run(
-        [shellcheck, "--shell=bash", "-"], input=text, capture_output=True, text=True
-    )
-    assert done.stdout == ""
+    assert faults(text) == ""
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -155,22 +158,38 @@ def test_the_digest_of_an_image() -> None:
     assert image_digest(None) is None
 
 
+@pytest.fixture
+def sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A program in the place of sbatch that notes what it is asked."""
+    path = tmp_path / "bin" / "sbatch"
+    path.parent.mkdir()
+    path.write_text("#!/bin/bash\necho $1 >>${0%/*}/asked\n[[ $1 == --test-only ]] || echo 7\n")
+    path.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{path.parent}:{os.environ['PATH']}")
+    return path
+
+
 def test_the_record_of_a_launch(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    sbatch: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "bin").mkdir()
-    sbatch = tmp_path / "bin" / "sbatch"
-    sbatch.write_text("#!/bin/bash\necho $1 >>${0%/*}/asked\n[[ $1 == --test-only ]] || echo 7\n")
-    sbatch.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     assert main(["launch", "slurm", "cluster=cpu", "cluster.chain=2"]) == 0
-    assert (tmp_path / "bin" / "asked").read_text().split() == ["--test-only", *["--parsable"] * 2]
+    asked = (sbatch.parent / "asked").read_text().split()
+    assert asked == ["--test-only", "--parsable", "--parsable"]
     (record,) = tmp_path.glob("runs/quickstart/slurm/*/launch.json")
     written = json.loads(record.read_text())
     assert written["jobs"] == ["7", "7"]
     assert written["ranks"] == 2
     assert (record.parent / "job.sbatch").read_text().count("--dependency=singleton") == 1
     assert str(record.parent) in capsys.readouterr().out
+
+
+def test_the_report_of_a_sweep_waits_for_its_runs(sbatch: Path, tmp_path: Path) -> None:
+    assert main(["launch", "slurm", "--sweep", "cluster=cpu", "run.seed=0,1"]) == 0
+    (script,) = tmp_path.glob("runs/quickstart/slurm/*/report.sbatch")
+    text = script.read_text()
+    assert "#SBATCH --dependency=afterany:7\n" in text
+    assert f"    {tmp_path}/runs/quickstart/seed-0\n    {tmp_path}/runs/quickstart/seed-1\n" in text
+    assert faults(text) == ""
 
 
 def test_jobs_that_were_submitted_are_cancelled_if_the_next_is_refused(
