@@ -21,7 +21,10 @@ if mode == "killed":
     os.kill(os.getpid(), signal.SIGKILL)
 if mode == "signal":
     open(f"ready{rank}", "w").close()
+    deadline = time.monotonic() + 100
     while signal.SIGUSR1 not in signal.sigpending():
+        if time.monotonic() > deadline:
+            sys.exit(3)
         time.sleep(0.05)
     signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
@@ -82,8 +85,10 @@ def test_a_signal_before_there_are_ranks_is_passed_on(tmp_path: Path) -> None:
     process = start(tmp_path, "signal")
     status = Path(f"/proc/{process.pid}/status")
     blocked = 1 << (signal.SIGUSR1 - 1)
-    while not int(re.search(r"SigBlk:\t(\w+)", status.read_text())[1], 16) & blocked:  # type: ignore[index]
+    deadline = time.monotonic() + 60
+    while not int(re.findall(r"SigBlk:\t(\w+)", status.read_text())[0], 16) & blocked:
         assert process.poll() is None
+        assert time.monotonic() < deadline
         time.sleep(0.001)
     process.send_signal(signal.SIGUSR1)
     told = process.communicate(timeout=300)[1]
