@@ -67,6 +67,21 @@ class TestPrompts:
         assert len(long) == len(short) + 6
         assert tokenizer.encode([]) == []
 
+    def test_nothing_is_put_before_what_the_template_writes(self, tmp_path: Path) -> None:
+        """Some tokenizers begin every text with a token, and their templates do so, too."""
+        from tokenizers import Tokenizer, processors
+
+        file = str(save_tokenizer(tmp_path) / "tokenizer.json")
+        words = Tokenizer.from_file(file)
+        first = (TEXT_END, words.token_to_id(TEXT_END))
+        words.post_processor = processors.TemplateProcessing(
+            single=f"{TEXT_END} $A", special_tokens=[first]
+        )
+        words.save(file)
+        tokenizer = chat(tmp_path)
+        assert tokenizer._tokenizer("1")["input_ids"][0] == first[1]
+        assert first[1] not in tokenizer.encode(["1"])[0]
+
 
 class TestCompletions:
     def test_the_end_token_is_no_text_and_tags_are(self, folder: Path) -> None:
