@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow(reason="trains in jobs of a real Slurm")
 
 SCHEDULE = ("schedule=guarded", "schedule.alpha_min=0.35", "schedule.alpha_max=0.4")
 CANARIES = ("canary-in-the-file-0123", "canary-of-the-shell-4567")
-# When a run is disturbed: after the metrics of this step, or None as soon as its job runs.
+# When a run is disturbed: after the metrics of this step, or None as soon as its job's script runs.
 MOMENTS = [2, None, 0, 7, 15] if IS_LONG else [2]
 
 
@@ -40,7 +40,8 @@ def disturbed(tmp_path: Path, moment: int | None, *arguments: str) -> tuple[str,
     """A job of the same training, and its run folder, at the moment."""
     job = jobs.launched(tmp_path, "run.name=run", *SCHEDULE, *arguments)
     folder = tmp_path / "runs" / "run"
-    jobs.wait_for(job, tmp_path, "RUNNING")
+    # Slurm says RUNNING before the script runs, and drops a signal to it until then.
+    jobs.wait_until(lambda: "start 0: nodes" in jobs.logs(tmp_path), "the start", tmp_path)
     if moment is not None:
         jobs.wait_for_step(folder, moment)
     return job, folder
