@@ -6,6 +6,7 @@ resolve without any change outside the folder. Nothing is installed except where
 
 import contextlib
 import os
+import pwd
 import secrets
 import shutil
 import signal
@@ -270,13 +271,4 @@ def _is_stepd(pid: int) -> bool:
 
 
 def _user() -> str:
-    import pwd
-
     return pwd.getpwuid(os.getuid()).pw_name
-
-
-@contextlib.contextmanager
-def local_slurm(count: int) -> Iterator[LocalSlurm]:
-    """A running Slurm."""
-    with LocalSlurm(count) as slurm:
-        yield slurm
