@@ -1,6 +1,7 @@
 """What every test relies on: no ranks from the environment, and the same examples at every run."""
 
 import os
+import signal
 
 import hypothesis
 import pytest
@@ -11,6 +12,10 @@ RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTE
 
 for name in RANK_VARIABLES:
     os.environ.pop(name, None)
+
+# A shell starts what it leaves in the background with SIGINT ignored, and children inherit that.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Before anything imports Triton: where there is no GPU, its kernels run as Python.
 if not torch.cuda.is_available():
