@@ -37,6 +37,8 @@ ALLOWED: dict[str, set[str]] = {
     }
     | CONFIG,
     "bench": {"core", "record", "step_metrics", "parallel", "trainer", "tasks"} | CONFIG,
+    "launch": {"planning"} | CONFIG,
+    "doctor": CONFIG,
     "aligner": {"core", "record", "step_metrics", "parallel"} | CONFIG,
 }
 # The way in from outside may use anything.

@@ -65,6 +65,7 @@ def test_the_wheel_holds_the_package_and_conf_and_no_tests(wheel: Path) -> None:
         assert f"nemo_apo/conf/{path.relative_to(REPOSITORY / 'conf')}" in names
     for path in (REPOSITORY / "nemo_apo").rglob("*.py"):
         assert str(path.relative_to(REPOSITORY)) in names
+    assert "nemo_apo/launch/job.sh" in names
     assert not [name for name in names if "test" in name]
     assert any(name.endswith("licenses/LICENSE") for name in names)
 

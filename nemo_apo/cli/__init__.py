@@ -17,8 +17,10 @@ from typing import NoReturn
 from nemo_apo import __version__
 from nemo_apo.cli import bench as bench_command
 from nemo_apo.cli import config as config_command
+from nemo_apo.cli import doctor as doctor_command
 from nemo_apo.cli import eval as eval_command
 from nemo_apo.cli import export as export_command
+from nemo_apo.cli import launch as launch_command
 from nemo_apo.cli import plan as plan_command
 from nemo_apo.cli import report as report_command
 from nemo_apo.cli import results as results_command
@@ -57,6 +59,27 @@ COMMANDS: dict[str, Command] = {
         ),
         add_arguments=train_command.add_arguments,
         main=train_command.main,
+    ),
+    "launch": Command(
+        summary="train on a Slurm cluster: render a job script, submit it, follow it",
+        examples=(
+            "nemo-apo launch slurm cluster.nodes=4 cluster.partition=h100 --dry-run    the script",
+            "nemo-apo launch slurm cluster=mine.yaml run.name=first --follow",
+            "nemo-apo launch slurm --sweep objective=apo,gspo run.seed=0,1,2    a job array",
+            "nemo-apo launch slurm cluster=cpu cluster.nodes=2 parallel=tp2",
+        ),
+        add_arguments=launch_command.add_arguments,
+        main=launch_command.main,
+    ),
+    "doctor": Command(
+        summary="check the nodes that a job would use, and say what to do about each finding",
+        examples=(
+            "nemo-apo doctor                            this machine",
+            "srun -N 4 --ntasks-per-node=1 nemo-apo doctor --gpus 8 --shared runs",
+            "torchrun --nproc-per-node 2 -m nemo_apo doctor",
+        ),
+        add_arguments=doctor_command.add_arguments,
+        main=doctor_command.main,
     ),
     "eval": Command(
         summary="evaluate a checkpoint on held-out prompts: accuracy, pass@k, majority vote",

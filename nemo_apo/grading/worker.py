@@ -55,6 +55,8 @@ def main() -> None:
     trainer = os.getppid()
     signal.signal(signal.SIGTERM, _leave)
     signal.signal(signal.SIGUSR1, lambda *_: _leave_if_orphaned(trainer))
+    # A trainer that does not listen to signals yet holds them back, and this process inherits that.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGUSR1))
     signal_at_parents_death(signal.SIGUSR1)
     adopt_orphans()
     reader = FrameReader(requests, _MESSAGE_BYTES)

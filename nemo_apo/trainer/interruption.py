@@ -84,9 +84,12 @@ class Interruption:
         self._listening.start()
         for number in _SIGNALS:
             self._before[number] = signal.signal(number, self._note)
+        # A launcher may have held signals back until there is somebody to hear them.
+        self._mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         return self
 
     def __exit__(self, *exception: object) -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
         for number, handler in self._before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._signals_before)

@@ -58,6 +58,25 @@ def test_the_time_limit_of_any_rank_stops_all() -> None:
     assert run_ranks(2, work) == [[None, None, "run.max_time is reached"]] * 2
 
 
+def test_a_signal_that_a_launcher_held_back_is_heard() -> None:
+    code = (
+        "import os, signal, torch, torch.distributed as dist\n"
+        "from nemo_apo.trainer.interruption import Interruption\n"
+        "os.kill(os.getpid(), signal.SIGUSR1)\n"
+        "dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)\n"
+        "with Interruption(torch.device('cpu'), None) as stop:\n"
+        "    print(stop.requested())\n"
+        "print({signal.SIGUSR1, signal.SIGTERM} <= signal.pthread_sigmask(signal.SIG_BLOCK, []))\n"
+        "dist.destroy_process_group()\n"
+    )
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGTERM})
+    try:
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    assert done.stdout == "signal USR1\nTrue\n", done.stderr
+
+
 def test_handlers_are_put_back() -> None:
     def work() -> None:
         before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR1)
