@@ -8,6 +8,9 @@
 # NEMO_ALIGNER_GRPO_PATH=<checkout of NeMo-Aligner's branch llama-nemotron-dev> a third run tests
 # against that branch.
 #
+# tests/slurm start a real Slurm on this machine: they need slurm-wlm, munge, libslurm-dev and a C
+# compiler, or CI=1 and root to install them, and are skipped with the reason otherwise.
+#
 # The status is that of the tests, or 1 if they pass and another check does not.
 set -euo pipefail
 

@@ -21,6 +21,7 @@ DAEMONS = ("munged", "slurmctld", "slurmd", "sbatch")
 PACKAGES = ("slurm-wlm", "munge", "libslurm-dev", "gcc", "libc6-dev")
 HEADER = Path("/usr/include/slurm/spank.h")
 START_S = 60.0
+INSTALLATION_FAILED = "apt-get could not"
 CONF = """\
 ClusterName=local
 SlurmctldHost={host}(127.0.0.1)
@@ -69,7 +70,11 @@ def why_not() -> str | None:
     if os.environ.get("CI") == "1" and (missing or not HEADER.exists()):
         environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
         for command in (["update"], ["install", "-y", "--no-install-recommends", *PACKAGES]):
-            subprocess.run(["apt-get", *command], env=environment, check=True, capture_output=True)
+            done = subprocess.run(
+                ["apt-get", *command], env=environment, capture_output=True, text=True
+            )
+            if done.returncode != 0:
+                return f"{INSTALLATION_FAILED} {command[0]}: {done.stderr.strip()[-300:]}"
         missing = [name for name in DAEMONS if _which(name) is None]
     if missing:
         packages = " ".join(PACKAGES)
