@@ -35,6 +35,7 @@ def test_a_folder_with_a_run_is_refused_or_emptied_as_told(tmp_path: Path) -> No
     assert {path.name for path in folder.iterdir()} == {
         record.CONFIG_FILE,
         record.METRICS_FILE,
+        record.SAMPLES_FILE,
         record.SUMMARY_FILE,
     }
     first = (folder / record.METRICS_FILE).read_text()
