@@ -1,6 +1,7 @@
 """Jobs on a real Slurm of three nodes: trained, stopped, preempted, lost, swept."""
 
 import json
+import re
 import subprocess
 from pathlib import Path
 
@@ -65,8 +66,12 @@ def test_two_nodes_train_with_the_schedule_that_was_asked_for(whole: Path) -> No
     assert (whole / record.REPORT_HTML).is_file()
     (doctor,) = whole.glob("slurm/*/*/start0-doctor-node0.log")
     told = doctor.read_text()
-    for check in ("versions", "disk", "clock", "shared folder", "gloo"):
-        assert f"ok  {check}" in told
+    rows = re.findall(r"^(ok|warning|FAILURE) +(.+?)  ", told, re.MULTILINE)
+    level_of = {check: level for level, check in rows}
+    for check in ("versions", "clock", "shared folder", "gloo"):
+        assert level_of[check] == "ok", told
+    # A machine with a nearly full disk is warned of.
+    assert level_of["disk"] in ("ok", "warning"), told
     assert "127.0.0.11,127.0.0.12" in told
 
 
