@@ -41,6 +41,7 @@ def command(*arguments: str, cwd: Path, ranks: int = 1) -> str:
         timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    assert ranks > 1 or "Warning" not in done.stderr, done.stderr  # torchrun has some of its own
     return done.stdout
 
 

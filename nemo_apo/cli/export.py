@@ -4,7 +4,7 @@ import argparse
 import os
 from pathlib import Path
 
-from nemo_apo.cli.train import world_size
+from nemo_apo.cli.train import ignore_fallback_warnings, world_size
 from nemo_apo.config import ConfigError
 from nemo_apo.hf_checkpoint.decoder import DTYPES
 
@@ -39,6 +39,7 @@ def main(arguments: argparse.Namespace) -> None:
         raise ConfigError("export is the work of one process, start it without torchrun")
     # The whole model need not fit on a GPU.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    ignore_fallback_warnings()
     from nemo_apo.trainer.hf_export import export
 
     done = export(arguments.source, arguments.target, arguments.dtype, arguments.origin)
