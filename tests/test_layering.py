@@ -15,6 +15,7 @@ CONFIG = {"config", "compose"}
 ALLOWED: dict[str, set[str]] = {
     "__init__": set(),
     "record": set(),
+    "versions": set(),
     "core": set(),
     "hf_checkpoint": set(),
     "tasks": {"core"},
@@ -34,11 +35,13 @@ ALLOWED: dict[str, set[str]] = {
         "step_metrics",
         "parallel",
         "report",
+        "versions",
     }
     | CONFIG,
-    "bench": {"core", "record", "step_metrics", "parallel", "trainer", "tasks"} | CONFIG,
+    "bench": {"core", "record", "step_metrics", "parallel", "trainer", "tasks", "versions"}
+    | CONFIG,
     "launch": {"planning"} | CONFIG,
-    "doctor": CONFIG,
+    "doctor": {"versions"} | CONFIG,
     "aligner": {"core", "record", "step_metrics", "parallel"} | CONFIG,
 }
 # The way in from outside may use anything.

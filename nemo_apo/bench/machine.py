@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from nemo_apo.trainer.versions import versions_of
+from nemo_apo.versions import versions_of
 
 # Distributions whose version can change a figure.
 _DISTRIBUTIONS = ("torch", "megatron-core", "triton", "liger-kernel", "trl")

@@ -11,7 +11,7 @@ from nemo_apo.report.formats import count_text, duration_text, number_text
 from nemo_apo.trainer.evaluated_weights import Evaluated
 from nemo_apo.trainer.evaluation import Evaluation, Figure
 from nemo_apo.trainer.examination import Answers, Examination
-from nemo_apo.trainer.versions import versions_of
+from nemo_apo.versions import versions_of
 
 _DISTRIBUTIONS = ("torch", "megatron-core")
 

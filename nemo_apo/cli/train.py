@@ -98,11 +98,18 @@ def ended_by_status(how_to_go_on: str) -> Iterator[None]:
         raise SystemExit(f"nemo-apo: {stopped}" if first else 1) from None
 
 
+def on_gpus(backend: str) -> bool:
+    """Whether a run with this ``parallel.backend`` is on GPUs here."""
+    import torch
+
+    return backend != "gloo" and torch.cuda.is_available()
+
+
 def gpu_memory(backend: str) -> int | None:
     """Bytes of the first GPU; None where the run is not on GPUs."""
     import torch
 
-    if backend == "gloo" or not torch.cuda.is_available():
+    if not on_gpus(backend):
         return None
     return torch.cuda.get_device_properties(0).total_memory
 
@@ -127,10 +134,7 @@ def _check_memory(config: Config, ranks: int, available: int | None) -> None:
 
 def require_transformer_impl(config: Config) -> None:
     """Raise ``ConfigError`` for transformer layers that cannot run on this machine."""
-    import torch
-
-    on_gpu = config.parallel.backend != "gloo" and torch.cuda.is_available()
-    chosen_impl(config.model, on_gpu)
+    chosen_impl(config.model, on_gpus(config.parallel.backend))
 
 
 def require_grader(config: Config) -> None:

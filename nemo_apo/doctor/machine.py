@@ -1,16 +1,14 @@
 """The checks of one node, none of which needs another."""
 
-import importlib.metadata
 import os
-import platform
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nemo_apo import __version__
 from nemo_apo.doctor.findings import Finding, failure, ok, warning
+from nemo_apo.versions import versions_of
 
 _GIB = 2**30
 # A checkpoint of a model of a billion parameters with its optimizer takes about 17 GB.
@@ -42,13 +40,7 @@ class Wanted:
 
 def versions() -> dict[str, str]:
     """Versions that must be the same on every node."""
-    found = {"nemo_apo": __version__, "python": platform.python_version()}
-    for name in _DISTRIBUTIONS:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    return versions_of(_DISTRIBUTIONS)
 
 
 def check_machine(

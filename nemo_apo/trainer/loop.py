@@ -47,8 +47,8 @@ from nemo_apo.trainer.run_folder import (
 )
 from nemo_apo.trainer.same_data import check_same_data
 from nemo_apo.trainer.summary import summarize, write_summary
-from nemo_apo.trainer.versions import versions_of
 from nemo_apo.trainer.warm_start import run_warm_start
+from nemo_apo.versions import versions_of
 
 # Distributions that the figures of a run depend on.
 _DISTRIBUTIONS = ("torch", "megatron-core")
