@@ -42,7 +42,9 @@ ALLOWED: dict[str, set[str]] = {
     | CONFIG,
     "launch": {"planning"} | CONFIG,
     "doctor": {"versions"} | CONFIG,
-    "aligner": {"core", "record", "step_metrics", "parallel"} | CONFIG,
+    "plugin": {"core", "record", "step_metrics"} | CONFIG,
+    "aligner": {"core", "record", "step_metrics", "parallel", "plugin"} | CONFIG,
+    "nemo_rl": {"core", "record", "step_metrics", "plugin"} | CONFIG,
 }
 # The way in from outside may use anything.
 UNRESTRICTED = {"cli", "__main__"}

@@ -1,6 +1,7 @@
 """The columns that travel with each sequence through the host's batches, named once.
 
-Axes: B sequences of a micro-batch, N of an optimizer step or rollout, T tokens (targets).
+Axes: B sequences of a micro-batch, N of an optimizer step or rollout, T tokens (targets), M of an
+optimizer step (over all ranks), m of those of them that are trained on, b of this rank's part.
 """
 
 from collections.abc import Mapping
@@ -50,3 +51,23 @@ def token_inputs(
         reference_logprobs_BT=None if reference_BT is None else reference_BT.to(device),
         entropy_BT=entropy_BT,
     )
+
+
+def rank_columns(columns_m: Columns, trained_M: Tensor, rank: int, ranks: int) -> Columns:
+    """A rank's slice of an optimizer step's columns; sequences that are not trained weigh nothing.
+
+    Args:
+        columns_m: of the sequences that are trained on.
+        trained_M: which sequences of the optimizer step these are, bool.
+        rank, ranks: among the data-parallel ranks, whose parts lie side by side.
+    """
+    share = len(trained_M) // ranks
+    own_b = trained_M[rank * share : (rank + 1) * share]
+    first = int(trained_M[: rank * share].sum())
+
+    def spread(column_m: Tensor) -> Tensor:
+        column_b = column_m.new_zeros(share)
+        column_b[own_b] = column_m[first : first + int(own_b.sum())]
+        return column_b
+
+    return columns_m.map(spread)

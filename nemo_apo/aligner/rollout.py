@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from nemo_apo.aligner.columns import GROUP_ID, TOKENS
-from nemo_apo.aligner.settings import ApoSettings
 from nemo_apo.core.anchoring import sequence_sums
 from nemo_apo.core.filtering import SettledGroups, settle_groups
 from nemo_apo.core.groups import Groups
 from nemo_apo.core.settling import SequenceFigures
+from nemo_apo.plugin.settings import ApoSettings
 
 # Keys of the host's rollout.
 _PROMPTS = "text"
