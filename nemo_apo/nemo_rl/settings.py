@@ -5,11 +5,14 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from nemo_apo.plugin.settings import ApoSettings, SettingsBlock
+from nemo_apo.plugin.settings import VOCAB_SIZE, ApoSettings, SettingsBlock
 
 SHIPPED = "apo.yaml"
-# Which groups are trained on is said by the host's own keys (``grpo.overlong_filtering`` ...).
-BLOCK = SettingsBlock(path="apo", file=f"nemo_rl/{SHIPPED}", left_out=frozenset({"groups"}))
+# Which groups are trained on is said by the host's own keys (``grpo.overlong_filtering`` ...), and
+# log-probs are the host's: what is vocabulary is not asked here.
+BLOCK = SettingsBlock(
+    path="apo", file=f"nemo_rl/{SHIPPED}", left_out=frozenset({"groups", VOCAB_SIZE})
+)
 
 
 def read_settings(apo: DictConfig | Mapping[str, Any] | None) -> ApoSettings:

@@ -114,7 +114,7 @@ class SettingsBlock:
     Attributes:
         path: dotted keys from the configuration's root to the block.
         file: the shipped defaults, relative to ``conf``; they stand there under the same path.
-        left_out: sections that this host has no use for.
+        left_out: sections and keys that this host has no use for.
     """
 
     path: str
@@ -148,10 +148,10 @@ class SettingsBlock:
         if not isinstance(plain, Mapping):
             raise ConfigError(f"{assigned(self.path, plain)}: is a section, set one of its keys")
         values, schema, as_shipped = dict(plain), self.schema, self.shipped()
-        vocab_size = values.pop(VOCAB_SIZE, None)
+        vocab_size = None if VOCAB_SIZE in self.left_out else values.pop(VOCAB_SIZE, None)
         for section in values:
             if section not in schema.defaults:
-                near = suggestion(f"{self.prefix}{section}", _choices(schema))
+                near = suggestion(f"{self.prefix}{section}", self._choices())
                 raise ConfigError(f"{self.prefix}{section}: there is no such key{near}")
         _check_vocab_size(f"{self.prefix}{VOCAB_SIZE}", vocab_size)
         sections = {
@@ -159,6 +159,12 @@ class SettingsBlock:
             for name in schema.defaults
         }
         return ApoSettings(**sections, vocab_size=vocab_size, prefix=self.prefix)
+
+    def _choices(self) -> list[str]:
+        """What a person may have meant by an unknown key."""
+        schema = self.schema
+        single = [] if VOCAB_SIZE in self.left_out else [f"{self.prefix}{VOCAB_SIZE}"]
+        return [*(f"{self.prefix}{name}" for name in schema.defaults), *schema.all_keys(), *single]
 
 
 def _section(section: str, values: object, as_shipped: Mapping[str, Any], schema: Schema) -> Any:
@@ -180,14 +186,6 @@ def _of_chosen_class(
         for key, value in values.items()
         if value is not None and (key in own or value != as_shipped.get(key, unset))
     }
-
-
-def _choices(schema: Schema) -> list[str]:
-    return [
-        *(f"{schema.prefix}{section}" for section in schema.defaults),
-        *schema.all_keys(),
-        f"{schema.prefix}{VOCAB_SIZE}",
-    ]
 
 
 def _check_vocab_size(key: str, value: object) -> None:
