@@ -104,7 +104,7 @@ class SmallPolicy:
                 logprobs = logprobs_of(table, part["input_ids"])[:, 1:]
                 loss, figures = loss_fn(part, counts["seqs"], counts["toks"], logprobs)
                 loss.backward()
-                losses[-1] += float(loss)
+                losses[-1] += float(loss.detach())
                 figures |= {"global_valid_toks": float(counts["toks"]), "lr": LR}
                 for name, value in figures.items():
                     metrics.setdefault(name, []).append(value)
