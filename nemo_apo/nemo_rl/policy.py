@@ -84,8 +84,8 @@ def policy_factory(run: ApoRun, base: type | None = None) -> Callable[..., Any]:
     def make(**kwargs: Any) -> Any:
         run.state = load_state(kwargs.get("weights_path"), run.settings)
         policy = apo_policy_class(base or _host_policy())(**kwargs)
-        vocab_size = run.settings.vocab_size or len(kwargs["tokenizer"])
-        policy.start_apo(run, RolloutLimits(vocab_size, run.sizes.max_response_length))
+        limits = RolloutLimits(len(kwargs["tokenizer"]), run.sizes.max_response_length)
+        policy.start_apo(run, limits)
         return policy
 
     return make

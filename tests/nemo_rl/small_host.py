@@ -91,6 +91,8 @@ class SmallPolicy:
     ) -> dict[str, Any]:
         """Every global batch: ranks, micro-batches, sum of gradients, one step."""
         assert self._mode == "train"
+        if eval_mode:
+            return {"evaluated": data.size}
         size = gbs or self.cfg["train_global_batch_size"]
         metrics: dict[str, list[float]] = {}
         losses, norm = [], 0.0
@@ -188,6 +190,7 @@ class Session:
         self.logger.log_histogram(means.numpy(), 1, HISTOGRAM)
         old = self.policy.get_logprobs(data)["logprobs"]
         advantages = (rewards - means)[:, None].expand_as(old)
+        self.logger.log_histogram(advantages.numpy(), 1, "train/advantages/histogram")
         zeros = torch.zeros_like(old)
         given = {"prev_logprobs": old, "advantages": advantages, "reference_policy_logprobs": zeros}
         return Batch({**data, "generation_logprobs": old + 0.01, **given})

@@ -1,6 +1,7 @@
 """The policy mixin over a host that keeps the contract: gradients, refresh, state, metrics."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 from nemo_apo.config import ConfigError
 from nemo_apo.core.objectives import OBJECTIVES, Regularizers
 from nemo_apo.nemo_rl.loss import ApoLoss
+from nemo_apo.nemo_rl.metrics import joined
 from nemo_apo.plugin.bookkeeping import TrainingStopped
 from nemo_apo.plugin.rollout import RolloutError
 from tests.aligner import whole_group_loss as oracle
@@ -127,6 +129,22 @@ def test_another_loss_is_trained_as_ever() -> None:
     assert session.run.state.rl_steps == 0
 
 
+def test_an_evaluation_is_the_hosts_own() -> None:
+    data, rewards = rollout(seed=3)
+    session = Session(FIXED)
+    given = session.given(data, rewards)
+    assert session.policy.train(given, loss_of(session), eval_mode=True) == {"evaluated": 16}
+
+
+def test_figures_of_several_calls_are_joined_as_the_host_reads_them() -> None:
+    calls = [
+        {"all_mb_metrics": {"loss": [1.0, 2.0], "lr": [0.5], "probs_ratio_max": [3.0]}},
+        {"all_mb_metrics": {"loss": [4.0], "lr": [0.25], "probs_ratio_max": [7.0]}},
+    ]
+    metrics = joined(calls, {}, loss=1.0, grad_norm=1.0)["all_mb_metrics"]
+    assert metrics == {"loss": [0.5, 1.0, 2.0], "lr": [0.5, 0.25], "probs_ratio_max": [3.0, 7.0]}
+
+
 def test_metrics_have_the_hosts_names_and_are_means_over_the_optimizer_steps() -> None:
     data, rewards = rollout(seed=4)
     session = Session(settings("apo"), cut=Cut(micro_batch_size=2))
@@ -188,7 +206,7 @@ def test_a_checkpoint_without_our_state_is_refused_unless_told_otherwise(tmp_pat
     assert fresh.run.state.rl_steps == 0
 
 
-@pytest.mark.parametrize("content", ["{", "[1]", '{"rl_steps": 1}'])
+@pytest.mark.parametrize("content", ["{", "5", '{"rl_steps": 1}'])
 def test_a_damaged_state_is_refused(tmp_path: Path, content: str) -> None:
     session = Session(FIXED)
     weights = tmp_path / "policy" / "weights"
@@ -222,6 +240,25 @@ def test_a_masked_sequence_takes_its_group_along() -> None:
     assert sum(result["all_mb_metrics"]["num_valid_samples"]) == 12
 
 
+def test_a_group_dropped_from_a_later_optimizer_step_shifts_nothing() -> None:
+    data, rewards = rollout(seed=5)
+    data["sample_mask"][9] = 0.0
+    session = Session(settings("apo"))
+    session.train(data, rewards, loss_of(session))
+    both = coupled_gradients(data, rewards, 8, _apo)
+    kept = torch.tensor([*range(8), *range(12, 16)])
+    alone = Batch({name: column[kept] for name, column in data.items()})
+    first, second = session.policy.gradients
+    assert torch.allclose(first, both[0], rtol=1e-7, atol=1e-12)
+    table = -LR * first
+    leaf = table.clone().requires_grad_(True)
+    mask = alone["token_mask"][8:, 1:].double()
+    old = logprobs_of(torch.zeros(7, 7, dtype=torch.float64), alone["input_ids"][8:])[:, 1:]
+    new = logprobs_of(leaf, alone["input_ids"][8:])[:, 1:]
+    _apo(new, old, mask, oracle.zscore(rewards[12:].double().view(-1, GROUP))).backward()
+    assert torch.allclose(second, leaf.grad, rtol=1e-7, atol=1e-12)
+
+
 def test_a_rollout_with_nothing_to_train_on_leaves_weights_and_schedule_alone() -> None:
     data, rewards = rollout(seed=6)
     data["sample_mask"][::GROUP] = 0.0
@@ -247,6 +284,38 @@ def test_a_logprob_that_is_not_finite_skips_its_optimizer_step_alone() -> None:
     assert torch.isfinite(session.policy.table).all()
     assert result["all_mb_metrics"]["apo/skipped_logprobs"] == [1.0]
     assert session.run.state.skipped_in_a_row == 1
+
+
+def test_refreshed_logprobs_that_are_not_finite_skip_their_optimizer_step() -> None:
+    data, rewards = rollout(seed=7)
+    session = Session(settings("apo"))
+    given = session.given(data, rewards)
+    session.policy.get_logprobs = lambda read: Batch(logprobs=read["input_ids"] * math.nan)
+    result = session.policy.train(given, loss_of(session))
+    assert len(session.policy.gradients) == 1
+    assert result["all_mb_metrics"]["apo/skipped_logprobs"] == [1.0]
+
+
+def test_coefficients_that_are_not_finite_skip_their_optimizer_step() -> None:
+    data, rewards = rollout(seed=7)
+    session = Session(settings("apo", anchor={"name": "reference"}))
+    given = session.given(data, rewards)
+    far = given["reference_policy_logprobs"].double()
+    far[0, int(data["token_mask"][0].argmax())] = 1e308  # finite, but not divided by tau
+    given["reference_policy_logprobs"] = far
+    result = session.policy.train(given, loss_of(session))
+    assert len(session.policy.gradients) == 1
+    assert result["all_mb_metrics"]["apo/skipped_coefficients"] == [1.0]
+
+
+def test_a_reference_that_nothing_asks_for_is_not_read() -> None:
+    """The host may leave a placeholder there."""
+    data, rewards = rollout(seed=7)
+    session = Session(settings("apo"))
+    given = session.given(data, rewards)
+    given["reference_policy_logprobs"].fill_(math.nan)
+    session.policy.train(given, loss_of(session))
+    assert len(session.policy.gradients) == 2
 
 
 def test_too_many_skipped_steps_in_a_row_end_the_run() -> None:
@@ -323,9 +392,10 @@ class TestBadRollouts:
         with pytest.raises(RolloutError, match="hand ApoLogger"):
             session.policy.train(given, loss_of(session))
 
-    def test_global_batches_that_cut_groups(self) -> None:
-        data, rewards = rollout(seed=12)
-        session = Session(FIXED, batch_size=6)
+    @pytest.mark.parametrize(("groups", "batch_size"), [(6, 6), (4, 12)])
+    def test_global_batches_that_do_not_fit(self, groups: int, batch_size: int) -> None:
+        data, rewards = rollout(seed=12, groups=groups)
+        session = Session(FIXED, batch_size=batch_size)
         with pytest.raises(RolloutError, match="whole groups of 4"):
             session.train(data, rewards, loss_of(session))
 
@@ -337,7 +407,7 @@ def test_the_logger_is_the_hosts_in_every_other_respect() -> None:
     assert session.logger.histograms == ["train/advantages/histogram"]
     data, rewards = rollout(seed=13)
     session.train(data, rewards, loss_of(session))
-    assert session.logger.histograms[-1] == "train/baseline_reward/histogram"
+    assert session.logger.histograms[1] == "train/baseline_reward/histogram"
 
 
 def test_every_objective_trains() -> None:
