@@ -14,12 +14,14 @@ import pytest
 from tests.nemo_rl import cpu_host, host_config, host_source
 from tests.nemo_rl.tiny_model import load_tokenizer
 
-# Slots, not cores: the host asks for one per worker and per environment.
+# Slots, not cores or devices: the host asks for one per worker and per environment. There is room
+# for two policies at a time.
 _CPU_SLOTS = 16
+_GPU_SLOTS = 2 * host_config.WORKERS
 _OBJECT_STORE_BYTES = 200 * 2**20
 _IN_EVERY_PROCESS = {
     # Ray hands out what it finds here, devices or not.
-    "CUDA_VISIBLE_DEVICES": ",".join(map(str, range(host_config.WORKERS))),
+    "CUDA_VISIBLE_DEVICES": ",".join(map(str, range(_GPU_SLOTS))),
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
     "PYTHONPATH": os.pathsep.join(host_source.python_path()) if not host_source.missing() else "",
@@ -50,7 +52,7 @@ def running_ray() -> Iterator[None]:
         with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as folder, cpu_host.in_driver():
             ray.init(
                 num_cpus=_CPU_SLOTS,
-                num_gpus=host_config.WORKERS,
+                num_gpus=_GPU_SLOTS,
                 include_dashboard=False,
                 object_store_memory=_OBJECT_STORE_BYTES,
                 log_to_driver=False,
@@ -92,7 +94,7 @@ def policy(config: Any, base: type | None = None) -> Iterator[Any]:
         use_gpus=True,
         num_gpus_per_node=host_config.WORKERS,
         max_colocated_worker_groups=1,
-        name="tests",
+        name=f"tests-{secrets.token_hex(4)}",
     )
     made = None
     try:

@@ -8,6 +8,7 @@ EXAMPLE = "examples/configs/grpo_math_1B.yaml"
 WORKERS = 2
 GROUP_SIZE = 4
 MAX_NEW_TOKENS = 6
+LR = 0.5
 
 # What the example asks of GPUs, and what APO asks of the example.
 _CHANGES = f"""
@@ -20,7 +21,7 @@ policy.make_sequence_length_divisible_by=1
 policy.max_grad_norm=null
 policy.optimizer.name=torch.optim.SGD
 ~policy.optimizer.kwargs
-+policy.optimizer.kwargs.lr=0.5
++policy.optimizer.kwargs.lr={LR}
 +policy.optimizer.kwargs.foreach=false
 ~policy.scheduler
 policy.sequence_packing.enabled=false

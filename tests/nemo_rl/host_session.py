@@ -130,18 +130,19 @@ def open_session(policy: Any, weights: Named, **sections: Any) -> Session:
 
 
 def apo_policy_class(base: type) -> type:
-    """The mixin over a class of the host, between them one that can reorder what it trains on."""
+    """The mixin over a class of the host, between them one that can cut a batch anew."""
     from nemo_apo.core.settling import RolloutLimits
 
-    class Reordering(base):  # type: ignore[misc]
+    class Cutting(base):  # type: ignore[misc]
         order: Callable[[int], list[int]] | None = None
+        micro_batch_size: int | None = None
 
         def train(self, data: Any, *args: Any, **kwargs: Any) -> Any:
             if self.order is not None:
                 data = data.select_indices(torch.tensor(self.order(data.size)))
-            return super().train(data, *args, **kwargs)
+            return super().train(data, *args, **{**kwargs, "mbs": self.micro_batch_size})
 
-    class Apo(ApoPolicyMixin, Reordering):
+    class Apo(ApoPolicyMixin, Cutting):
         def start(self, run: ApoRun) -> None:
             self.start_apo(run, RolloutLimits(tiny_model.ROWS, run.sizes.max_response_length))
 

@@ -55,6 +55,12 @@ def make_importable() -> None:
         typing.TypedDict = typing_extensions.TypedDict
 
 
+def show_automodel() -> None:
+    """Let this process import Automodel."""
+    if sys.modules.get("nemo_automodel", sys) is None:
+        del sys.modules["nemo_automodel"]
+
+
 def _is_installed(name: str) -> bool:
     try:
         importlib.metadata.version(name)
