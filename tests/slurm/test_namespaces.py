@@ -56,7 +56,7 @@ def test_a_wrong_address_ends_the_job_and_is_named(
         # Of nobody, of a node of no concern, of every node to itself.
         "10.77.0.99": "MASTER_ADDR must name this node",
         "n3": "MASTER_ADDR must name this node",
-        "localhost": "is n1 up, and does MASTER_ADDR name it for this node",
+        "127.0.0.2": "is n1 up, and does MASTER_ADDR name it for this node",
     }
     submitted = {
         address: jobs.launched(
