@@ -19,14 +19,16 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 from torch import Tensor
 
 from nemo_apo.aligner import columns
-from nemo_apo.aligner.settings import ApoSettings, read_settings
-from nemo_apo.aligner.state import CHECKPOINT_KEY, ApoState, restored
+from nemo_apo.aligner.settings import read_settings
+from nemo_apo.aligner.state import CHECKPOINT_KEY, restored
 from nemo_apo.config import ConfigError
 from nemo_apo.core.anchoring import sequence_sums
 from nemo_apo.core.objectives import ClippedRatio, Objective
 from nemo_apo.core.objectives.interface import masked
 from nemo_apo.parallel.gather import all_gather_rows, broadcast_from_last, sum_over
 from nemo_apo.parallel.logits_logprobs import vocab_parallel_logprobs
+from nemo_apo.plugin.settings import ApoSettings
+from nemo_apo.plugin.state import ApoState
 
 # What a micro-batch keeps besides the log-prob sums of its sequences, in this order.
 _TOTALS = ("loss", "clipped", "tokens", "ratio", "ratio_clamped", "entropy")

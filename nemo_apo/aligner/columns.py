@@ -1,6 +1,7 @@
 """The columns that travel with each sequence through the host's batches, named once.
 
-Axes: B sequences of a micro-batch, N of an optimizer step or rollout, T tokens (targets).
+Axes: B sequences of a micro-batch, N of an optimizer step or rollout, T tokens (targets), M of an
+optimizer step (over all ranks), m of those of them that are trained on, b of this rank's part.
 """
 
 from collections.abc import Mapping
@@ -8,6 +9,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from nemo_apo.core.objectives import Columns, TokenInputs
+from nemo_apo.plugin.settled import spread_columns
 
 # Which prompt of the rollout a sequence answers; from the data set's index, at sampling.
 GROUP_ID = "apo_group_id"
@@ -50,3 +52,16 @@ def token_inputs(
         reference_logprobs_BT=None if reference_BT is None else reference_BT.to(device),
         entropy_BT=entropy_BT,
     )
+
+
+def rank_columns(columns_m: Columns, trained_M: Tensor, rank: int, ranks: int) -> Columns:
+    """A rank's slice of an optimizer step's columns; sequences that are not trained weigh nothing.
+
+    Args:
+        columns_m: of the sequences that are trained on.
+        trained_M: which sequences of the optimizer step these are, bool.
+        rank, ranks: among the data-parallel ranks, whose parts lie side by side.
+    """
+    share = len(trained_M) // ranks
+    mine = slice(rank * share, (rank + 1) * share)
+    return spread_columns(columns_m, trained_M).map(lambda column_M: column_M[mine])

@@ -31,7 +31,6 @@ from nemo_apo.aligner.group_ids import with_group_ids
 from nemo_apo.aligner.host_rules import check_groups
 from nemo_apo.aligner.rollout import (
     OwnReading,
-    RolloutError,
     check_own,
     check_rollout,
     logprob_sums,
@@ -39,26 +38,17 @@ from nemo_apo.aligner.rollout import (
     sequence_figures,
     settle_rollout,
 )
-from nemo_apo.aligner.settled import SettledRollout, rank_columns, settle_rollout_steps
 from nemo_apo.config import ConfigError
 from nemo_apo.core.anchoring import sequence_sums
-from nemo_apo.core.diagnostics import observe
 from nemo_apo.core.objectives import Weighing
-from nemo_apo.core.objectives.anchored import needs_refresh, uses_stale_logprobs
+from nemo_apo.core.objectives.anchored import needs_refresh
 from nemo_apo.core.settling import RolloutLimits
 from nemo_apo.core.step_order import whole_group_order
 from nemo_apo.parallel.gather import all_gather_rows, all_true, first_not_finite
-from nemo_apo.step_metrics import (
-    Stopwatch,
-    Tally,
-    UpdateFigures,
-    coefficient_error,
-    step_figures,
-)
-
-
-class TrainingStopped(RuntimeError):
-    """Training cannot go on; the message says why."""
+from nemo_apo.plugin.bookkeeping import finish_rl_step, note_staleness, stop_if_stuck
+from nemo_apo.plugin.rollout import RolloutError
+from nemo_apo.plugin.settled import SettledRollout, settle_rollout_steps
+from nemo_apo.step_metrics import Stopwatch, Tally, UpdateFigures
 
 
 class ApoGRPOTrainer(GRPOTrainer):
@@ -124,7 +114,7 @@ class ApoGRPOTrainer(GRPOTrainer):
         for batch in dataloader_iter:
             loss, metrics = self._optimizer_step(batch, settled, tally, watch)
             self.logger.log_metrics(metrics, step=self.step, prefix="train_optim/")
-            self._stop_if_stuck(tally)
+            stop_if_stuck(tally, self.apo, self.step)
         self.overall_iter += 1
         self.model.finish_training()
         self.optimizer.zero_grad()
@@ -204,7 +194,7 @@ class ApoGRPOTrainer(GRPOTrainer):
         part = settled.part(rows_m)
         anchor_is_old = self.apo.anchor.name == "old"
         weighing = tally.weigh(self.apo.objective, part, settled.alpha, anchor_is_old)
-        mine = rank_columns(weighing.columns, trained_M, _data_rank(), _data_ranks())
+        mine = columns.rank_columns(weighing.columns, trained_M, _data_rank(), _data_ranks())
         columns.attach(batch, mine)
         # A weight of 0 is not enough: 0 times a log-prob that is not finite is not 0.
         share = len(batch[columns.ROW])
@@ -245,7 +235,7 @@ class ApoGRPOTrainer(GRPOTrainer):
         lr = self.optimizer.param_groups[0]["lr"]
         sums = self.model.apo_step_sums
         current_m = sums.logprob_sums_N.cpu()[trained_M]
-        self._note_staleness(weighing, settled, rows_m, current_m, tally)
+        note_staleness(tally, self.apo.objective, weighing, settled, rows_m, current_m)
         if not_finite is not None:
             self.optimizer.zero_grad()
             logging.warning(f"optimizer step skipped: loss {loss}, gradient norm {grad_norm}")
@@ -273,58 +263,20 @@ class ApoGRPOTrainer(GRPOTrainer):
         )
         return loss, metrics
 
-    def _note_staleness(
-        self,
-        stale: Weighing,
-        settled: SettledRollout,
-        rows_m: Tensor,
-        current_m: Tensor,
-        tally: Tally,
-    ) -> None:
-        """With ``refresh: stale``, the relative error of the coefficients just used.
-
-        The forward pass of the step itself tells what they should have been, at no extra cost.
-        """
-        if not uses_stale_logprobs(self.apo.objective) or tally.steps == 0:
-            return
-        exact = replace(settled.part(rows_m), logprob_sums_N=current_m)
-        weighing = self.apo.objective.weigh(exact, settled.alpha)
-        tally.refresh_bias = coefficient_error(stale, weighing)
-
     def _skip_broken(self, tally: Tally) -> tuple[float, dict[str, float]]:
         """An optimizer step with a sequence whose log-probs are not finite; no rank takes it."""
         tally.skip("log-probs")
         logging.warning("optimizer step skipped: log-probs of the rollout are not finite")
         return float("nan"), {"optim_step": self.grpo_optimization_step}
 
-    def _stop_if_stuck(self, tally: Tally) -> None:
-        limit = self.apo.update.max_skipped_steps
-        if tally.in_a_row >= limit:
-            raise TrainingStopped(
-                f"{tally.in_a_row} optimizer steps in a row were skipped because something was not "
-                f"finite (model.apo.update.max_skipped_steps={limit}); RL step {self.step}"
-            )
-
     def _finish_rl_step(self, settled: SettledRollout, tally: Tally, watch: Stopwatch) -> None:
         """Log the rollout's optimizer steps together, look for failure signatures, keep state."""
-        metrics = tally.skip_metrics() | watch.seconds
-        if tally.values:
-            metrics |= tally.metrics(self.apo.objective)
-        state = self.model.apo_state
-        diagnostics, findings = state.diagnostics, []
-        figures = step_figures(settled.metrics | metrics, self.apo.schedule)
-        if figures is not None:
-            findings, diagnostics = observe(diagnostics, figures, self.apo.diagnostics)
+        state = replace(self.model.apo_state, rl_steps=self.step)
+        metrics, findings, following = finish_rl_step(state, settled, tally, watch, self.apo)
         for finding in findings:
             logging.warning(f"{finding.name}: {finding.message}; {finding.advice}")
         self.logger.log_metrics(metrics, step=self.step, prefix="train_optim/")
-        self.model.apo_state = replace(
-            state,
-            rl_steps=self.step + 1,
-            schedule=settled.schedule,
-            diagnostics=diagnostics,
-            skipped_in_a_row=tally.in_a_row,
-        )
+        self.model.apo_state = following
 
 
 def _mask(rollout: Any) -> Tensor:

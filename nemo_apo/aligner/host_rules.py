@@ -10,11 +10,12 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from nemo_apo.aligner.settings import SHIPPED, ApoSettings
+from nemo_apo.aligner.settings import SHIPPED
 from nemo_apo.compose.files import conf_dir
 from nemo_apo.compose.schema import suggestion
 from nemo_apo.config import ConfigError, require
 from nemo_apo.core.objectives import ClippedRatio, Objective, Regularizers
+from nemo_apo.plugin.settings import ApoSettings
 
 # Aggregations that average over the tokens of several sequences at once.
 _TOKEN_MEANS = ("group_token_mean", "batch_token_mean")

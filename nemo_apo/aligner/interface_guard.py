@@ -1,33 +1,16 @@
-"""What is relied on of NeMo-Aligner, and a check that it is there.
+"""What is relied on of NeMo-Aligner."""
 
-The host has no plugin interface: its classes are subclassed. If one of them, or a parameter that is
-passed by name, is missing, the import fails here with its name instead of somewhere in a run.
-"""
+from nemo_apo.plugin import interface_guard
+from nemo_apo.plugin.interface_guard import Needed, Tested
 
-import importlib
-import importlib.metadata
-import inspect
-from dataclasses import dataclass
-
-# What the package was run against.
-TESTED = (
-    "NeMo-Aligner branch llama-nemotron-dev (commit 8c31926) and release 0.7.0, "
-    "with nemo_toolkit 2.1.0 and megatron-core 0.10.0"
+TESTED = Tested(
+    plugin="nemo_apo.aligner",
+    versions=(
+        "NeMo-Aligner branch llama-nemotron-dev (commit 8c31926) and release 0.7.0, "
+        "with nemo_toolkit 2.1.0 and megatron-core 0.10.0"
+    ),
+    packages=("nemo-aligner", "nemo_toolkit", "megatron-core"),
 )
-
-
-class InterfaceMismatch(ImportError):
-    """NeMo-Aligner is not the one that this package was written for."""
-
-
-@dataclass(frozen=True)
-class Needed:
-    """One callable of the host: where it is, and parameters that it must accept by name."""
-
-    module: str
-    path: str
-    parameters: tuple[str, ...] = ()
-
 
 _BRANCH = "nemo_aligner.experimental.grpo"
 _BRANCH_ACTOR = f"{_BRANCH}.models.nlp.gpt.megatron_gpt_grpo_actor"
@@ -90,37 +73,4 @@ def check(needed: tuple[Needed, ...]) -> None:
     Raises:
         InterfaceMismatch: naming what is missing, what is installed and what was tested.
     """
-    for need in needed:
-        problem = _problem(need)
-        if problem:
-            raise InterfaceMismatch(
-                f"{problem}; nemo_apo.aligner was tested with {TESTED}; installed: {_installed()}"
-            )
-
-
-def _problem(need: Needed) -> str:
-    """What is wrong with one of them; empty if nothing is."""
-    try:
-        found = importlib.import_module(need.module)
-    except ImportError as error:
-        return f"{need.module} cannot be imported ({error})"
-    for part in need.path.split("."):
-        if not hasattr(found, part):
-            return f"{need.module}.{need.path} does not exist"
-        found = getattr(found, part)
-    parameters = inspect.signature(found).parameters
-    lost = [name for name in need.parameters if name not in parameters]
-    return f"{need.module}.{need.path} has no parameter {', '.join(lost)}" if lost else ""
-
-
-def _installed() -> str:
-    return ", ".join(
-        f"{name} {_version(name)}" for name in ("nemo-aligner", "nemo_toolkit", "megatron-core")
-    )
-
-
-def _version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "missing"
+    interface_guard.check(needed, TESTED)

@@ -11,8 +11,9 @@ import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from nemo_apo.aligner.interface_guard import Needed, check
+from nemo_apo.aligner.interface_guard import check
 from nemo_apo.config import ConfigError
+from nemo_apo.plugin.interface_guard import Needed
 
 NEMO_MODULE = "nemo.collections.nlp.models.language_modeling.megatron_gpt_model"
 _CHOICE = "get_specs"

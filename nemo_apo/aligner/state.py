@@ -1,69 +1,15 @@
-"""What a run in NeMo-Aligner remembers besides weights: explicit data, saved by the actor."""
+"""Our state in NeMo-Aligner's checkpoints."""
 
-from dataclasses import dataclass, field
 from typing import Any
 
-from nemo_apo.aligner.settings import PREFIX, ApoSettings
 from nemo_apo.config import ConfigError
-from nemo_apo.core.alpha_schedule import ScheduleState
-from nemo_apo.core.diagnostics import DiagnosticsState
+from nemo_apo.plugin.settings import ApoSettings
+from nemo_apo.plugin.state import ApoState
 
 # Where it is in a checkpoint.
 CHECKPOINT_KEY = "nemo_apo"
 # What Lightning puts into every checkpoint of a training run, and a .nemo file does not have.
 _TRAINING_CHECKPOINT = "global_step"
-_FIELDS = {"rl_steps", "schedule_name", "schedule", "diagnostics", "skipped_in_a_row"}
-
-
-@dataclass(frozen=True)
-class ApoState:
-    """State after ``rl_steps`` RL steps.
-
-    Attributes:
-        rl_steps: RL steps done.
-        schedule: memory of the schedule.
-        diagnostics: recent figures.
-        skipped_in_a_row: optimizer steps skipped in a row up to now.
-    """
-
-    rl_steps: int = 0
-    schedule: ScheduleState = field(default_factory=ScheduleState)
-    diagnostics: DiagnosticsState = field(default_factory=DiagnosticsState)
-    skipped_in_a_row: int = 0
-
-    def state_dict(self, settings: ApoSettings) -> dict[str, Any]:
-        """The state as plain values."""
-        return {
-            "rl_steps": self.rl_steps,
-            "schedule_name": _schedule_name(settings),
-            "schedule": self.schedule.state_dict(),
-            "diagnostics": self.diagnostics.state_dict(),
-            "skipped_in_a_row": self.skipped_in_a_row,
-        }
-
-    @classmethod
-    def from_state_dict(cls, state: dict[str, Any], settings: ApoSettings) -> "ApoState":
-        """The inverse of ``state_dict``.
-
-        Raises:
-            ConfigError: if the state is not one of ours, or of another schedule.
-        """
-        if set(state) != _FIELDS:
-            raise ConfigError(
-                f"the checkpoint's APO state has fields {sorted(state)}, expected {sorted(_FIELDS)}"
-            )
-        saved, chosen = state["schedule_name"], _schedule_name(settings)
-        if saved != chosen:
-            raise ConfigError(
-                f"{PREFIX}schedule.name={chosen}: the checkpoint was trained with schedule={saved},"
-                " whose state does not fit; resume with the same schedule"
-            )
-        return cls(
-            rl_steps=state["rl_steps"],
-            schedule=ScheduleState.from_state_dict(state["schedule"]),
-            diagnostics=DiagnosticsState.from_state_dict(state["diagnostics"]),
-            skipped_in_a_row=state["skipped_in_a_row"],
-        )
 
 
 def restored(checkpoint: dict[str, Any], settings: ApoSettings) -> ApoState | None:
@@ -77,10 +23,6 @@ def restored(checkpoint: dict[str, Any], settings: ApoSettings) -> ApoState | No
     if _TRAINING_CHECKPOINT in checkpoint and settings.resume.without_state == "error":
         raise ConfigError(
             "the checkpoint to resume from holds no APO state (it was not saved by nemo_apo): the "
-            f"schedule would start anew; set {PREFIX}resume.without_state=fresh to let it"
+            f"schedule would start anew; set {settings.prefix}resume.without_state=fresh to let it"
         )
     return None
-
-
-def _schedule_name(settings: ApoSettings) -> str:
-    return settings.schedule.name  # type: ignore[attr-defined]

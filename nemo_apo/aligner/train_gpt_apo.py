@@ -21,11 +21,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_apo.aligner import host_rules, interface_guard
-from nemo_apo.aligner.interface_guard import InterfaceMismatch, Needed
-from nemo_apo.aligner.settings import SHIPPED, ApoSettings, read_settings
+from nemo_apo.aligner.settings import SHIPPED, read_settings
 from nemo_apo.compose.files import conf_dir
 from nemo_apo.compose.schema import first_line
 from nemo_apo.config import ConfigError, require
+from nemo_apo.plugin.interface_guard import InterfaceMismatch, Needed
+from nemo_apo.plugin.settings import ApoSettings
 
 USER_ERROR = 2
 # What launchers call the number of a rank.
@@ -98,7 +99,7 @@ def launch() -> None:
     try:
         from nemo.core.config import hydra_runner
     except ImportError as error:
-        _leave(f"NeMo cannot be imported ({error}); tested with {interface_guard.TESTED}")
+        _leave(f"NeMo cannot be imported ({error}); tested with {interface_guard.TESTED.versions}")
     config_name = SHIPPED.removesuffix(".yaml")
     hydra_runner(config_path=str(conf_dir() / "aligner"), config_name=config_name)(main)()
 

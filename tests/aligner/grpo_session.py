@@ -4,7 +4,6 @@ What is replaced is what a CPU cannot run: the inference backend and the graders
 of the host or of nemo_apo is imported with this module (see ``tiny_actor``).
 """
 
-import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from nemo_apo.aligner.settings import shipped
+from nemo_apo.aligner.settings import BLOCK
 from tests.aligner import shards, tiny_actor
 
 PROMPT_WIDTH = 5
@@ -54,7 +53,7 @@ class Case:
 
 def apo_section(overrides: dict[str, Any]) -> DictConfig:
     """``model.apo`` as shipped, with overrides by dotted key."""
-    section = OmegaConf.create(copy.deepcopy(shipped()))
+    section = OmegaConf.create(BLOCK.shipped())
     for key, value in overrides.items():
         OmegaConf.update(section, key, value, force_add=True)
     return section

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import pytest
 
 from nemo_apo.aligner import interface_guard
-from nemo_apo.aligner.interface_guard import InterfaceMismatch, Needed, check
+from nemo_apo.aligner.interface_guard import check
+from nemo_apo.plugin.interface_guard import InterfaceMismatch, Needed
 
 HOST = "made_host_of_interface_guard"
 

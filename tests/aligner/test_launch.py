@@ -21,10 +21,11 @@ hydra = pytest.importorskip("hydra")
 from omegaconf import DictConfig, OmegaConf  # noqa: E402
 
 import nemo_apo  # noqa: E402
-from nemo_apo.aligner import host_rules, settings, train_gpt_apo  # noqa: E402
-from nemo_apo.aligner.settings import ApoSettings, read_settings, shipped  # noqa: E402
+from nemo_apo.aligner import host_rules, train_gpt_apo  # noqa: E402
+from nemo_apo.aligner.settings import BLOCK, read_settings  # noqa: E402
 from nemo_apo.compose.files import conf_dir  # noqa: E402
 from nemo_apo.config import TAGGED_SECTIONS, ConfigError  # noqa: E402
+from nemo_apo.plugin.settings import ApoSettings  # noqa: E402
 
 ROOT = Path(nemo_apo.__file__).parent.parent
 TAGGED = ("objective", "schedule", "tau")
@@ -61,13 +62,13 @@ def changed(config: DictConfig, **changes: Any) -> DictConfig:
 
 
 def apo_section(**changes: Any) -> dict[str, Any]:
-    return OmegaConf.to_container(changed(OmegaConf.create(shipped()), **changes))
+    return OmegaConf.to_container(changed(OmegaConf.create(BLOCK.shipped()), **changes))
 
 
 def test_as_shipped_it_is_the_default() -> None:
-    assert read_settings(shipped()) == ApoSettings()
+    assert read_settings(BLOCK.shipped()) == ApoSettings()
     assert read_settings({}) == ApoSettings()
-    assert read_settings(OmegaConf.create(shipped())) == ApoSettings()
+    assert read_settings(OmegaConf.create(BLOCK.shipped())) == ApoSettings()
 
 
 @pytest.mark.parametrize(("section", "name"), NAMED)
@@ -78,8 +79,8 @@ def test_a_name_alone_is_the_class_with_its_defaults(section: str, name: str) ->
 
 @pytest.mark.parametrize("section", TAGGED)
 def test_a_shipped_value_is_the_default_of_every_class_that_has_its_key(section: str) -> None:
-    values = shipped()[section]
-    assert values.keys() == set(settings.SCHEMA.keys_of(section)), "all keys, and no other"
+    values = BLOCK.shipped()[section]
+    assert values.keys() == set(BLOCK.schema.keys_of(section)), "all keys, and no other"
     for key, value in values.items():
         if key == "name" or value is None:
             continue
@@ -90,8 +91,8 @@ def test_a_shipped_value_is_the_default_of_every_class_that_has_its_key(section:
 def test_untagged_sections_are_shipped_whole() -> None:
     for field in fields(ApoSettings):
         section = getattr(ApoSettings(), field.name)
-        if field.name not in TAGGED and field.name != "vocab_size":
-            assert shipped()[field.name] == vars(section), field.name
+        if field.name not in TAGGED and field.name not in ("vocab_size", "prefix"):
+            assert BLOCK.shipped()[field.name] == vars(section), field.name
 
 
 def test_null_is_the_default_of_the_class() -> None:

@@ -46,9 +46,9 @@ def choose_layers(rank: int) -> dict[str, Any]:
 
     from megatron.core.models.gpt import gpt_layer_specs
 
-    from nemo_apo.aligner.interface_guard import InterfaceMismatch
     from nemo_apo.aligner.layer_spec import NEMO_MODULE, query_key_norms
     from nemo_apo.config import ConfigError
+    from nemo_apo.plugin.interface_guard import InterfaceMismatch
 
     nemo = importlib.import_module(NEMO_MODULE)
     original = nemo.get_specs

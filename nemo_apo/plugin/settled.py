@@ -1,8 +1,8 @@
 """What is settled on a rollout before its optimizer steps, and what each of them takes of it.
 
 Everything is on the CPU: a few numbers per sequence, the same on every rank to the last bit. Axes:
-N sequences of the global rollout (reordered), n of those that are trained on, M of an optimizer
-step (over all ranks), m of those of them that are trained on, b of this rank's part.
+N sequences of the global rollout, n of those that are trained on, m of those of them that an
+optimizer step (of M sequences) takes.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from nemo_apo import record
-from nemo_apo.aligner.settings import ApoSettings
 from nemo_apo.core.alpha_schedule import ScheduleState
 from nemo_apo.core.filtering import SettledGroups
 from nemo_apo.core.objectives import Columns, GroupBatch
@@ -23,6 +22,7 @@ from nemo_apo.core.settling import (
     schedule_alpha,
     settle,
 )
+from nemo_apo.plugin.settings import ApoSettings
 from nemo_apo.step_metrics import rollout_metrics, schedule_metrics
 
 
@@ -142,21 +142,17 @@ def _reward_metrics(groups: SettledGroups, figures: SequenceFigures) -> dict[str
     }
 
 
-def rank_columns(columns_m: Columns, trained_M: Tensor, rank: int, ranks: int) -> Columns:
-    """A rank's slice of an optimizer step's columns; sequences that are not trained weigh nothing.
+def spread_columns(columns_m: Columns, trained_M: Tensor) -> Columns:
+    """The columns of all sequences of an optimizer step; one that is not trained on weighs nothing.
 
     Args:
-        columns_m: of the sequences that are trained on.
-        trained_M: which sequences of the optimizer step these are, bool.
-        rank, ranks: among the data-parallel ranks, whose parts lie side by side.
+        columns_m: of those that are trained on, in order.
+        trained_M: which these are, bool.
     """
-    share = len(trained_M) // ranks
-    own_b = trained_M[rank * share : (rank + 1) * share]
-    first = int(trained_M[: rank * share].sum())
 
     def spread(column_m: Tensor) -> Tensor:
-        column_b = column_m.new_zeros(share)
-        column_b[own_b] = column_m[first : first + int(own_b.sum())]
-        return column_b
+        column_M = column_m.new_zeros(len(trained_M))
+        column_M[trained_M] = column_m
+        return column_M
 
     return columns_m.map(spread)
