@@ -262,5 +262,6 @@ class Summary:
     world_size: int
     tensor_model_parallel_size: int
     pipeline_model_parallel_size: int
+    context_parallel_size: int
     data_parallel_size: int
     versions: dict[str, str]

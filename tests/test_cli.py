@@ -221,10 +221,13 @@ class TestDryRun:
         assert plan["run folder"] == "runs/mine"
         assert plan["task"] == "sort, reward exact"
         assert (plan["objective"], plan["schedule"]) == ("apo", "guarded")
-        assert plan["layout"] == "8 ranks = TP 2 x PP 2 x DP 2"
+        assert plan["layout"] == "8 ranks = TP 2 x PP 2 x CP 1 x DP 2"
         assert plan["memory"].endswith("on the fullest rank, computed; fits on h100, h200")
         assert plan["samples"] == "60 per RL step (12 prompts x 5 completions), 600 in all"
         assert plan["optimizer steps"] == "6 per RL step (3 mini-batches x 2 epochs), 60 in all"
+
+    def test_context_parallel_ranks_are_no_data_parallel_ones(self) -> None:
+        assert "8 ranks = TP 1 x PP 1 x CP 2 x DP 4" in dry_run.plan(compose(["parallel=cp2"]), 8)
 
     def test_an_objective_without_alpha_has_no_schedule(self) -> None:
         assert "none (gspo has no alpha)" in dry_run.plan(compose(["objective=gspo"]), 1)

@@ -9,14 +9,8 @@ import yaml
 
 from nemo_apo.compose import compose, conf_dir, group_options, to_yaml
 from nemo_apo.compose.schema import all_keys, nearest
-from nemo_apo.config import (
-    TAGGED_SECTIONS,
-    Config,
-    ConfigError,
-    seconds_of_time,
-    unread_sections,
-    validate,
-)
+from nemo_apo.config import TAGGED_SECTIONS, Config, ConfigError, seconds_of_time, unread_sections
+from nemo_apo.config_rules import validate
 from nemo_apo.core.anchoring import ANCHORS
 from nemo_apo.core.objectives import OBJECTIVES
 from tests.tasks.tiny_chat import save_tokenizer

@@ -10,8 +10,8 @@ import nemo_apo
 
 ROOT = Path(nemo_apo.__file__).parent
 # A room is a folder of the package or a module beside them; each may import itself. The typed
-# configuration and what composes it count as one.
-CONFIG = {"config", "compose"}
+# configuration, its rules and what composes it count as one.
+CONFIG = {"config", "config_rules", "compose"}
 ALLOWED: dict[str, set[str]] = {
     "__init__": set(),
     "record": set(),
@@ -21,6 +21,7 @@ ALLOWED: dict[str, set[str]] = {
     "tasks": {"core"},
     "grading": {"tasks"},
     "config": {"core", "tasks", "grading"} | CONFIG,
+    "config_rules": {"core", "tasks", "grading"} | CONFIG,
     "compose": {"core", "tasks", "hf_checkpoint"} | CONFIG,
     "step_metrics": {"core", "record"},
     "parallel": {"core"} | CONFIG,

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from nemo_apo.compose import compose, group_options
-from nemo_apo.config import validate
+from nemo_apo.config_rules import validate
 from nemo_apo.planning.run_memory import run_memory
 from nemo_apo.planning.settings import GPU_MEMORY
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from nemo_apo.core.objectives import Columns, TokenInputs
+from nemo_apo.plugin.settled import spread_columns
 
 # Which prompt of the rollout a sequence answers; from the data set's index, at sampling.
 GROUP_ID = "apo_group_id"
@@ -62,12 +63,5 @@ def rank_columns(columns_m: Columns, trained_M: Tensor, rank: int, ranks: int) -
         rank, ranks: among the data-parallel ranks, whose parts lie side by side.
     """
     share = len(trained_M) // ranks
-    own_b = trained_M[rank * share : (rank + 1) * share]
-    first = int(trained_M[: rank * share].sum())
-
-    def spread(column_m: Tensor) -> Tensor:
-        column_b = column_m.new_zeros(share)
-        column_b[own_b] = column_m[first : first + int(own_b.sum())]
-        return column_b
-
-    return columns_m.map(spread)
+    mine = slice(rank * share, (rank + 1) * share)
+    return spread_columns(columns_m, trained_M).map(lambda column_M: column_M[mine])

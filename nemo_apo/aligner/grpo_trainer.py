@@ -31,7 +31,6 @@ from nemo_apo.aligner.group_ids import with_group_ids
 from nemo_apo.aligner.host_rules import check_groups
 from nemo_apo.aligner.rollout import (
     OwnReading,
-    RolloutError,
     check_own,
     check_rollout,
     logprob_sums,
@@ -47,6 +46,7 @@ from nemo_apo.core.settling import RolloutLimits
 from nemo_apo.core.step_order import whole_group_order
 from nemo_apo.parallel.gather import all_gather_rows, all_true, first_not_finite
 from nemo_apo.plugin.bookkeeping import finish_rl_step, note_staleness, stop_if_stuck
+from nemo_apo.plugin.rollout import RolloutError
 from nemo_apo.plugin.settled import SettledRollout, settle_rollout_steps
 from nemo_apo.step_metrics import Stopwatch, Tally, UpdateFigures
 

@@ -15,6 +15,7 @@ from nemo_apo.core.anchoring import sequence_sums
 from nemo_apo.core.filtering import SettledGroups, settle_groups
 from nemo_apo.core.groups import Groups
 from nemo_apo.core.settling import SequenceFigures
+from nemo_apo.plugin.rollout import RolloutError, foreign_prompts
 from nemo_apo.plugin.settings import ApoSettings
 
 # Keys of the host's rollout.
@@ -27,10 +28,6 @@ _REWARDS = "rewards"
 _ENDED = "is_end"
 # Relative difference of two sums of the same float32 log-probs that only their order explains.
 _SAME_SUM = 1e-6
-
-
-class RolloutError(ValueError):
-    """A rollout that cannot be trained on as groups; the message says which rule it breaks."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +61,7 @@ def check_rollout(rollout: Mapping[str, Any], group_size: int, vocab_size: int) 
             f"{int(wrong.sum())} of {groups.count} groups of other sizes, "
             f"{sorted(set(groups.sizes_G[wrong].tolist()))}"
         )
-    mixed = _foreign_prompts(rollout[_PROMPTS], rollout[_PROMPT_LENGTHS], groups)
+    mixed = foreign_prompts(rollout[_PROMPTS], rollout[_PROMPT_LENGTHS], groups)
     if bool(mixed.any()):
         raise RolloutError(
             f"{int(mixed.sum())} completions stand beside the prompt of another group: the rollout "
@@ -73,19 +70,6 @@ def check_rollout(rollout: Mapping[str, Any], group_size: int, vocab_size: int) 
     low, high = int(rollout[TOKENS].min()), int(rollout[TOKENS].max())
     if low < 0 or high >= vocab_size:
         raise RolloutError(f"token ids must lie in [0, {vocab_size}), got {low} to {high}")
-
-
-def _foreign_prompts(prompts_NS: Tensor, lengths_N: Tensor, groups: Groups) -> Tensor:
-    """Sequences whose prompt is not that of one of their group, bool [N].
-
-    Only the prompt's own tokens count: what a micro-batch was padded with depends on its width.
-    """
-    rows_N = torch.arange(len(prompts_NS), device=groups.index_N.device)
-    one_N = groups.spread(groups.max(rows_N))
-    positions_S = torch.arange(prompts_NS.shape[1], device=prompts_NS.device)
-    inside_NS = positions_S[None, :] < lengths_N.to(prompts_NS.device)[:, None]
-    differs_N = ((prompts_NS != prompts_NS[one_N]) & inside_NS).any(dim=1)
-    return differs_N | (lengths_N != lengths_N[one_N])
 
 
 def check_own(rollout_sums_N: Tensor, own: OwnReading) -> None:

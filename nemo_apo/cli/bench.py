@@ -11,7 +11,8 @@ from nemo_apo.cli.output_files import require_writable
 from nemo_apo.cli.overrides import add_config_arguments
 from nemo_apo.cli.train import require_transformer_impl, world_size
 from nemo_apo.compose import compose
-from nemo_apo.config import ConfigError, validate
+from nemo_apo.config import ConfigError
+from nemo_apo.config_rules import validate
 
 DEVICES = ("cpu", "cuda")
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from nemo_apo.cli.overrides import add_config_arguments, composed
 from nemo_apo.compose import group_options, to_yaml
-from nemo_apo.config import validate
+from nemo_apo.config_rules import validate
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

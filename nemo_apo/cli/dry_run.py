@@ -52,9 +52,10 @@ def _schedule(config: Config) -> str:
 def _layout(config: Config, world_size: int) -> str:
     tensor = config.parallel.tensor_model_parallel_size
     pipeline = config.parallel.pipeline_model_parallel_size
-    data = world_size // (tensor * pipeline)
+    context = config.parallel.context_parallel_size
+    data = world_size // (tensor * pipeline * context)
     ranks = "1 rank" if world_size == 1 else f"{world_size} ranks"
-    return f"{ranks} = TP {tensor} x PP {pipeline} x DP {data}"
+    return f"{ranks} = TP {tensor} x PP {pipeline} x CP {context} x DP {data}"
 
 
 def _shapes(config: Config) -> Shapes:

@@ -14,7 +14,8 @@ from nemo_apo.cli.train import (
     world_size,
 )
 from nemo_apo.compose import compose
-from nemo_apo.config import Config, ConfigError, check_task_data, require, validate
+from nemo_apo.config import Config, ConfigError, require
+from nemo_apo.config_rules import check_task_data, validate
 from nemo_apo.record import CHECKPOINT_DIR, CONFIG_FILE
 from nemo_apo.trainer.durable_files import replace_text
 from nemo_apo.trainer.sealed_folder import MANIFEST_FILE

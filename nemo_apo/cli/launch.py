@@ -13,7 +13,8 @@ from nemo_apo.cli.overrides import add_config_arguments
 from nemo_apo.cli.train import require_grader
 from nemo_apo.compose import compose
 from nemo_apo.compose.hf_model import check_checkpoint
-from nemo_apo.config import Config, ConfigError, check_task_data, validate
+from nemo_apo.config import Config, ConfigError
+from nemo_apo.config_rules import check_task_data, validate
 from nemo_apo.launch import slurm
 from nemo_apo.launch.cluster import SECRET_NAME, Cluster, read_cluster
 from nemo_apo.launch.script import Launch, image_digest, render, render_report

@@ -12,7 +12,8 @@ from dataclasses import replace
 from nemo_apo.cli.dry_run import plan
 from nemo_apo.cli.overrides import add_config_arguments, composed
 from nemo_apo.compose.hf_model import check_checkpoint
-from nemo_apo.config import Config, ConfigError, RunConfig, check_task_data, require, validate
+from nemo_apo.config import Config, ConfigError, RunConfig, require
+from nemo_apo.config_rules import check_task_data, validate
 from nemo_apo.grading import GradingBroken
 from nemo_apo.grading.service import check_grader
 from nemo_apo.planning.memory import gigabytes

@@ -13,7 +13,8 @@ from omegaconf import OmegaConf
 from nemo_apo.compose.files import conf_dir, group_options
 from nemo_apo.compose.hf_model import with_checkpoint_shapes
 from nemo_apo.compose.schema import Schema, assigned, shown, suggestion, typed_section, unknown_key
-from nemo_apo.config import RECOMPUTE, Config, ConfigError, ModelConfig, validate
+from nemo_apo.config import RECOMPUTE, Config, ConfigError, ModelConfig
+from nemo_apo.config_rules import validate
 
 # Bytes of a GPU's memory, by the manufacturer's figures.
 GPU_MEMORY = {"h100": 80_000_000_000, "h200": 141_000_000_000}

@@ -2,7 +2,7 @@
 
 Everything is on the CPU: a few numbers per sequence, the same on every rank to the last bit. Axes:
 N sequences of the global rollout, n of those that are trained on, m of those of them that an
-optimizer step takes.
+optimizer step (of M sequences) takes.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from torch import Tensor
 from nemo_apo import record
 from nemo_apo.core.alpha_schedule import ScheduleState
 from nemo_apo.core.filtering import SettledGroups
-from nemo_apo.core.objectives import GroupBatch
+from nemo_apo.core.objectives import Columns, GroupBatch
 from nemo_apo.core.settling import (
     RolloutLimits,
     SequenceFigures,
@@ -140,3 +140,19 @@ def _reward_metrics(groups: SettledGroups, figures: SequenceFigures) -> dict[str
         record.RESPONSE_LENGTH: float(figures.lengths_N.mean()),
         record.DROPPED_GROUPS: sum(groups.dropped.values()),
     }
+
+
+def spread_columns(columns_m: Columns, trained_M: Tensor) -> Columns:
+    """The columns of all sequences of an optimizer step; one that is not trained on weighs nothing.
+
+    Args:
+        columns_m: of those that are trained on, in order.
+        trained_M: which these are, bool.
+    """
+
+    def spread(column_m: Tensor) -> Tensor:
+        column_M = column_m.new_zeros(len(trained_M))
+        column_M[trained_M] = column_m
+        return column_M
+
+    return columns_m.map(spread)

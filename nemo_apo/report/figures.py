@@ -138,7 +138,7 @@ def _layout(summary: Summary | None) -> KeyFigure:
         return KeyFigure("ranks", MISSING)
     layout = (
         f"TP {summary.tensor_model_parallel_size} × PP {summary.pipeline_model_parallel_size}"
-        f" × DP {summary.data_parallel_size}"
+        f" × CP {summary.context_parallel_size} × DP {summary.data_parallel_size}"
     )
     if summary.peak_memory_mib is not None:
         layout += f", {count_text(summary.peak_memory_mib)} MiB peak"

@@ -58,6 +58,7 @@ def summarize(
         world_size=layout.world_size,
         tensor_model_parallel_size=layout.tensor_size,
         pipeline_model_parallel_size=layout.pipeline_size,
+        context_parallel_size=layout.context_size,
         data_parallel_size=layout.data_size,
         versions=versions,
     )

@@ -11,7 +11,8 @@ import yaml
 
 from nemo_apo import cli
 from nemo_apo.compose import compose, conf_dir, to_yaml
-from nemo_apo.config import ConfigError, validate
+from nemo_apo.config import ConfigError
+from nemo_apo.config_rules import validate
 from nemo_apo.hf_checkpoint.decoder import Decoder, UnfitCheckpoint, decoder_of, read_decoder
 
 from .tiny_checkpoints import KINDS, VOCABULARY, write

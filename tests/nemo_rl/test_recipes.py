@@ -10,7 +10,7 @@ from nemo_apo.compose.files import conf_dir
 from nemo_apo.config import Config, ConfigError
 from nemo_apo.nemo_rl import recipes, run_grpo
 from nemo_apo.nemo_rl.settings import BLOCK
-from tests.nemo_rl import small_host
+from tests.nemo_rl import example_host
 from tests.nemo_rl.example_config import example
 
 CONF = conf_dir() / "nemo_rl"
@@ -26,7 +26,7 @@ DATA = ("data.train.data_path=/data/train.jsonl", "data.validation.data_path=/da
 
 @pytest.fixture
 def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    return small_host.install(tmp_path / "NeMo-RL", monkeypatch)
+    return example_host.install(tmp_path / "NeMo-RL", monkeypatch)
 
 
 def composed(host: Path, file: str, *overrides: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from nemo_apo.config import ConfigError
 from nemo_apo.nemo_rl import host_rules, interface_guard, run_grpo
 from nemo_apo.nemo_rl.settings import read_settings
 from nemo_apo.plugin.interface_guard import InterfaceMismatch, Needed
-from tests.nemo_rl import small_host
+from tests.nemo_rl import example_host
 from tests.nemo_rl.example_config import NEEDED, example
 
 ROOT = Path(nemo_apo.__file__).parent.parent
@@ -25,7 +25,7 @@ FITTING = [f"{key}={str(value).lower()}" for key, value in NEEDED.items()]
 
 @pytest.fixture
 def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    return small_host.install(tmp_path / "NeMo-RL", monkeypatch)
+    return example_host.install(tmp_path / "NeMo-RL", monkeypatch)
 
 
 @pytest.fixture

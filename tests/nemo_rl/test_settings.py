@@ -62,7 +62,10 @@ def test_every_key_has_a_comment() -> None:
 @pytest.mark.parametrize(
     ("block", "said"),
     [
-        ({"schedule": {"alpha_mim": 0.4}}, ["mim=0.4", "did you mean apo.schedule.alpha_min"]),
+        (
+            {"schedule": {"alpha_mim": 0.4}},
+            ["alpha_mim=0.4", "did you mean apo.schedule.alpha_min"],
+        ),
         ({"shedule": {"name": "fixed"}}, ["apo.shedule: there is no such key", "apo.schedule"]),
         ({"groups": {"truncated": "drop"}}, ["apo.groups: there is no such key"]),
         ({"vocab_size": 100}, ["apo.vocab_size: there is no such key"]),

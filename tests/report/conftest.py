@@ -104,6 +104,7 @@ def synthetic_summary(name: str, lines: list[dict[str, Any]]) -> Summary:
         world_size=4,
         tensor_model_parallel_size=2,
         pipeline_model_parallel_size=1,
+        context_parallel_size=1,
         data_parallel_size=2,
         versions={"torch": "2.0.0", "megatron-core": "0.1.0"},
     )

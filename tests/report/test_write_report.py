@@ -139,7 +139,7 @@ def test_key_figures_and_findings_are_shown(single):
     assert "20,480" not in text
     assert "5,120" in text
     assert "0.260 → " in text
-    assert "TP 2 × PP 1 × DP 2" in text
+    assert "TP 2 × PP 1 × CP 1 × DP 2" in text
     assert "no signal" in text
     assert "megatron-core" in text
 

@@ -19,7 +19,8 @@ import datasets
 
 from nemo_apo import cli
 from nemo_apo.compose import compose
-from nemo_apo.config import Config, ConfigError, EvaluationConfig, check_task_data, validate
+from nemo_apo.config import Config, ConfigError, EvaluationConfig
+from nemo_apo.config_rules import check_task_data, validate
 from nemo_apo.grading import GradingSettings, Sample
 from nemo_apo.grading.pool import WorkerPool
 from nemo_apo.grading.settings import Order

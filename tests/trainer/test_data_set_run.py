@@ -11,7 +11,8 @@ pytest.importorskip("datasets", reason="the math extra comes with requirements/t
 pytest.importorskip("math_verify", reason="the math extra comes with requirements/test.txt")
 
 from nemo_apo import record
-from nemo_apo.config import Config, EvaluationConfig, RunConfig, validate
+from nemo_apo.config import Config, EvaluationConfig, RunConfig
+from nemo_apo.config_rules import validate
 from nemo_apo.core.filtering import GroupRules
 from nemo_apo.grading import Grading, GradingSettings, Shaping
 from nemo_apo.parallel import layout as parallel_layout

@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nemo_apo.compose.hf_model import decoder_of, with_checkpoint_shapes
-from nemo_apo.config import Config, ConfigError, ModelConfig, ParallelConfig, validate
+from nemo_apo.config import Config, ConfigError, ModelConfig, ParallelConfig
+from nemo_apo.config_rules import validate
 from nemo_apo.hf_checkpoint.shards import Shards
 from nemo_apo.parallel import layout as parallel_layout
 from nemo_apo.parallel.step import read_micro_batches

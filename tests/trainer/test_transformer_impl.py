@@ -23,7 +23,8 @@ from torch import Tensor
 
 from nemo_apo import record
 from nemo_apo.compose import compose
-from nemo_apo.config import TRANSFORMER_ENGINE, ConfigError, ModelConfig, validate
+from nemo_apo.config import TRANSFORMER_ENGINE, ConfigError, ModelConfig
+from nemo_apo.config_rules import validate
 from nemo_apo.parallel import layout as parallel_layout
 from nemo_apo.parallel.layout import Layout
 from nemo_apo.trainer import checkpoint, layer_specs, policy
