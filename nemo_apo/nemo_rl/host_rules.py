@@ -21,6 +21,13 @@ STEPS, EPOCHS = "grpo.max_num_steps", "grpo.max_num_epochs"
 RESPONSE_LENGTH = "policy.generation.max_new_tokens"
 REFERENCE = "loss_fn.reference_policy_kl_penalty"
 
+# The switch of the Megatron workers' log-probs without logits on main, and on 0.7.0.
+FUSED = (
+    "policy.megatron_cfg.use_fused_linear_logprobs",
+    "policy.megatron_cfg.use_linear_ce_fusion_loss",
+)
+TEMPERATURE, PACKING = "policy.generation.temperature", "policy.sequence_packing.enabled"
+
 # The host's loss with its default values, and where its keys are said instead ("" is nowhere).
 # Nothing reads them: the values of the host's examples may stay, others would be ignored.
 REPLACED: Mapping[str, tuple[Any, str]] = {
@@ -64,10 +71,6 @@ _BY_APO = "rewards are weighed by apo.objective.advantages, from advantages that
 _CHANGES = "changes advantages after the fact, and rewards are read back from them"
 _PLAIN = "the log-probs that are trained must be those of the policy itself"
 _OTHER_LOSS = "adds a loss of its own beside the objective"
-_FUSED = (
-    "this path hands the loss log-probs where it expects logits (and divides them, not the logits, "
-    "by policy.generation.temperature)"
-)
 RULES = (
     Rule("grpo.adv_estimator.name", ("grpo",), "grpo", _BY_APO),
     Rule(
@@ -105,9 +108,7 @@ RULES = (
     Rule("on_policy_distillation.enabled", (False,), False, "replaces rewards by a teacher's"),
     Rule("policy.draft.enabled", (False,), False, _OTHER_LOSS),
     Rule("policy.megatron_cfg.mtp_num_layers", (0, None), 0, _OTHER_LOSS),
-    Rule("policy.megatron_cfg.use_fused_linear_logprobs", (False,), False, _FUSED),
-    Rule("policy.megatron_cfg.use_linear_ce_fusion_loss", (False,), False, _FUSED),
-    Rule("policy.generation.temperature", (1.0,), 1.0, _PLAIN),
+    Rule(TEMPERATURE, (1.0,), 1.0, _PLAIN),
     Rule("policy.generation.top_p", (1.0, None), 1.0, _PLAIN),
     Rule("policy.generation.top_k", (None, -1, 0), None, _PLAIN),
 )
@@ -120,6 +121,7 @@ def check(config: Mapping[str, Any], settings: ApoSettings) -> None:
         ConfigError: naming key, value and rule.
     """
     _check_sections(config)
+    _check_fused(config)
     for rule in RULES:
         _check_rule(config, rule)
     _check_loss(config["loss_fn"])
@@ -128,6 +130,12 @@ def check(config: Mapping[str, Any], settings: ApoSettings) -> None:
     entropy_coef = settings.regularizers.entropy_coef
     rule = "must be 0: the host hands its losses no entropy"
     require(entropy_coef == 0.0, "apo.regularizers.entropy_coef", shown(entropy_coef), rule)
+
+
+def has_fused_linear_logprobs(config: Mapping[str, Any]) -> bool:
+    """Whether the workers hand the loss log-probs that never were logits."""
+    enabled = value_of(config, "policy.megatron_cfg.enabled", False)
+    return bool(enabled and any(value_of(config, key, False) for key in FUSED))
 
 
 def value_of(config: Mapping[str, Any], key: str, absent: Any = None) -> Any:
@@ -147,6 +155,18 @@ def _check_sections(config: Mapping[str, Any]) -> None:
                 f"{assigned(section, config.get(section))}: is missing; start from one of "
                 "NeMo-RL's examples, or from a recipe in nemo_apo's conf/nemo_rl"
             )
+
+
+def _check_fused(config: Mapping[str, Any]) -> None:
+    """What the path without logits cannot do; the host's own checks come after Ray has started."""
+    if not has_fused_linear_logprobs(config):
+        return
+    temperature, packed = value_of(config, TEMPERATURE, 1.0), value_of(config, PACKING, False)
+    rule = f"must be 1.0 with {FUSED[0].rpartition('.')[2]}: that path divides log-probs by it, "
+    rule += "not logits"
+    require(temperature == 1.0, TEMPERATURE, shown(temperature), rule)
+    rule = "must be false with fused linear log-probs: that path would mix the sequences of a pack"
+    require(not packed, PACKING, shown(packed), rule)
 
 
 def _check_rule(config: Mapping[str, Any], rule: Rule) -> None:

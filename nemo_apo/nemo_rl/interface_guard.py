@@ -12,6 +12,7 @@ TESTED = Tested(
 _GRPO = "nemo_rl.algorithms.grpo"
 _LOSS = "nemo_rl.algorithms.loss.interfaces"
 _POLICY = "nemo_rl.models.policy.lm_policy"
+_DATA = "nemo_rl.distributed.batched_data_dict"
 _CONFIG = "nemo_rl.utils.config"
 
 CONFIGURATION = (
@@ -31,9 +32,11 @@ POLICY = (
     ),
     Needed(_POLICY, "Policy.train", ("data", "loss_fn", "eval_mode", "gbs", "mbs", "timer")),
     Needed(_POLICY, "Policy.get_logprobs", ("data", "timer")),
+    Needed(_POLICY, "Policy.prepare_for_lp_inference"),
     Needed(_POLICY, "Policy.prepare_for_training"),
     Needed(_POLICY, "Policy.save_checkpoint", ("weights_path",)),
-    Needed("nemo_rl.distributed.batched_data_dict", "BatchedDataDict.slice", ("start", "end")),
+    Needed(_DATA, "BatchedDataDict.slice", ("start", "end")),
+    Needed(_DATA, "BatchedDataDict.get_multimodal_dict", ("as_tensors",)),
 )
 # What the steps of ``run_grpo`` call, in their order.
 SCRIPT = (

@@ -115,7 +115,7 @@ def run(config: Mapping[str, Any], settings: ApoSettings) -> None:
 
     from nemo_apo.nemo_rl.baselines import ApoLogger, Baselines
     from nemo_apo.nemo_rl.loss import ApoLoss
-    from nemo_apo.nemo_rl.policy import RunSizes, policy_factory
+    from nemo_apo.nemo_rl.policy import ApoRun, RunSizes, policy_factory
 
     master = _master_config(grpo.MasterConfig, config)
     master.logger["log_dir"] = get_next_experiment_dir(master.logger["log_dir"])
@@ -130,14 +130,14 @@ def run(config: Mapping[str, Any], settings: ApoSettings) -> None:
         total_steps=total_steps(config, dataset),
         max_response_length=value_of(config, host_rules.RESPONSE_LENGTH),
     )
-    baselines = Baselines()
+    apo_run = ApoRun(settings, sizes, Baselines(), _report)
     policy, generation, _, _, loader, val_loader, _, logger, checkpointer, state, master, *_ = (
         grpo.setup(
             master,
             tokenizer,
             dataset,
             val_dataset,
-            policy_factory=policy_factory(settings, sizes, _report, baselines),
+            policy_factory=policy_factory(apo_run),
         )
     )
     with _closing(grpo, checkpointer, generation, environments, val_environments):
@@ -147,10 +147,14 @@ def run(config: Mapping[str, Any], settings: ApoSettings) -> None:
             wrapped_dataloader=loader,
             val_dataloader=val_loader,
             tokenizer=tokenizer,
-            loss_fn=ApoLoss(settings.objective, settings.regularizers),
+            loss_fn=ApoLoss(
+                settings.objective,
+                settings.regularizers,
+                host_rules.has_fused_linear_logprobs(config),
+            ),
             task_to_env=environments,
             val_task_to_env=val_environments,
-            logger=ApoLogger(logger, baselines),
+            logger=ApoLogger(logger, apo_run.baselines),
             checkpointer=checkpointer,
             grpo_save_state=state,
             master_config=master,

@@ -88,12 +88,6 @@ BROKEN: list[tuple[str, Any, str]] = [
     ("on_policy_distillation", {"enabled": True}, "on_policy_distillation.enabled=true: must be"),
     (POLICY + "draft.enabled", True, "policy.draft.enabled=true: must be false: adds a loss"),
     (POLICY + "megatron_cfg.mtp_num_layers", 1, "mtp_num_layers=1: must be 0 or null: adds a"),
-    (
-        POLICY + "megatron_cfg.use_fused_linear_logprobs",
-        True,
-        "use_fused_linear_logprobs=true: must be false: .*by policy.generation.temperature",
-    ),
-    (POLICY + "megatron_cfg.use_linear_ce_fusion_loss", True, "use_linear_ce_fusion_loss=true"),
     # sampling
     (GENERATION + "temperature", 0.7, "generation.temperature=0.7: must be 1.0: the log-probs"),
     (GENERATION + "top_p", 0.9, "generation.top_p=0.9: must be 1.0 or null: the log-probs"),
@@ -187,6 +181,21 @@ def test_a_reference_is_loaded_where_it_is_read() -> None:
     for apo in (KL, REFERENCE):
         assert f"{SKIP}=true: must be false" in refusal(apo, **{PENALTY: 0.01, SKIP: True})
     check(**{SKIP: True})
+
+
+@pytest.mark.parametrize("switch", host_rules.FUSED)
+def test_log_probs_without_logits(switch: str) -> None:
+    fused = {switch: True, POLICY + "megatron_cfg.enabled": True}
+    check(**fused)
+    assert host_rules.has_fused_linear_logprobs(resolved(**fused))
+    assert not host_rules.has_fused_linear_logprobs(resolved(**{switch: True}))
+    message = refusal(**fused, **{GENERATION + "temperature": 0.7})
+    assert message.startswith(
+        "policy.generation.temperature=0.7: must be 1.0 with use_fused_linear"
+    )
+    assert "divides log-probs by it, not logits" in message
+    message = refusal(**fused, **{POLICY + "sequence_packing.enabled": True})
+    assert message.startswith("policy.sequence_packing.enabled=true: must be false with fused")
 
 
 def test_an_entropy_bonus_is_refused() -> None:
