@@ -117,7 +117,8 @@ def probed(base: type) -> type:
     class Probed(base):  # type: ignore[misc]
         def __init__(self, **kwargs: Any) -> None:
             version = 2 if kwargs["config"]["dtensor_cfg"]["_v2"] else 1
-            super().__init__(**kwargs, worker_extension_cls_fqn=_WORKER_CLASSES[version])
+            names = {"name_prefix": f"policy-{secrets.token_hex(4)}"}
+            super().__init__(**names, **kwargs, worker_extension_cls_fqn=_WORKER_CLASSES[version])
             self._on_all("watch_optimizer")
 
         def gradients(self) -> list[dict[str, Any]]:

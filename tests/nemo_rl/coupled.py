@@ -1,8 +1,8 @@
 """Oracles: the loss of an optimizer step over whole groups, from the papers' equations.
 
 Each takes token log-probs under the policy as it stands and under the one that sampled [N, T], the
-completion mask [N, T] and advantages [G, P]; axes as in ``nemo_apo.core``. Nothing of the package is
-imported.
+completion mask [N, T] and advantages [G, P]; axes as in ``nemo_apo.core``. Nothing of the package
+is imported.
 """
 
 from collections.abc import Callable

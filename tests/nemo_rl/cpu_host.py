@@ -17,10 +17,27 @@ from typing import Any
 import torch
 
 # Factories that the host and FSDP call with a device of CUDA.
-_FACTORIES = (
-    "arange as_tensor empty empty_like eye full full_like linspace ones ones_like rand rand_like "
-    "randint randn randn_like randperm tensor zeros zeros_like"
-).split()
+_FACTORIES = [
+    "arange",
+    "as_tensor",
+    "empty",
+    "empty_like",
+    "eye",
+    "full",
+    "full_like",
+    "linspace",
+    "ones",
+    "ones_like",
+    "rand",
+    "rand_like",
+    "randint",
+    "randn",
+    "randn_like",
+    "randperm",
+    "tensor",
+    "zeros",
+    "zeros_like",
+]
 
 
 @contextmanager

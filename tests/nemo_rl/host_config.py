@@ -51,6 +51,11 @@ def backend(version: int) -> list[str]:
     return ["policy.dtensor_cfg._v2=true", f"++{variable}='1'"]
 
 
+def changes(model: str) -> list[str]:
+    """The overrides of every run of a model folder."""
+    return [f"policy.model_name={model}", *_CHANGES]
+
+
 def composed(model: str, *overrides: str) -> dict[str, Any]:
     """The example's keys and values for a model folder, with overrides as on a command line."""
     from nemo_rl.utils.config import (
@@ -62,8 +67,8 @@ def composed(model: str, *overrides: str) -> dict[str, Any]:
 
     register_omegaconf_resolvers()
     example = load_config(str(host_source.checkout() / EXAMPLE))
-    changes = [f"policy.model_name={model}", *_CHANGES, *overrides]
-    container = OmegaConf.to_container(parse_hydra_overrides(example, changes), resolve=True)
+    changed = parse_hydra_overrides(example, [*changes(model), *overrides])
+    container = OmegaConf.to_container(changed, resolve=True)
     assert isinstance(container, dict)
     return {str(key): value for key, value in container.items()}
 

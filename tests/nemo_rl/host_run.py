@@ -1,10 +1,12 @@
-"""A run of the host's own ``setup`` and ``grpo_train`` under APO, on sums of small numbers.
+"""A run of the launcher on the host's own ``setup`` and ``grpo_train``: sums of small numbers.
 
 Everything is the host's: dataset and dataloader, math environment, advantages, workers, logger,
 checkpoints. Only the generation engine is replaced (``hf_generation``).
 """
 
+import gc
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +16,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.nemo_rl import cluster, hf_generation, host_config
+from nemo_apo.nemo_rl import run_grpo
+from tests.nemo_rl import cluster, hf_generation, host_config, host_source
 
 PROMPTS_PER_STEP = 4
 
@@ -26,12 +29,10 @@ class Ran:
     Attributes:
         folder: of checkpoints and logs.
         weights: of the policy at its end.
-        reported: lines told to a person.
     """
 
     folder: Path
     weights: dict[str, torch.Tensor]
-    reported: list[str]
 
     def logged(self, name: str) -> dict[int, float]:
         """The values of a metric in the host's TensorBoard files, by step."""
@@ -89,80 +90,38 @@ def _write_sums(path: Path) -> Path:
 
 def run(model: str, folder: Path, steps: int, backend: int, *further: str) -> Ran:
     """Train up to a number of RL steps, from the last checkpoint of the folder if it has one."""
-    from nemo_rl.algorithms import grpo
-    from nemo_rl.data.utils import setup_response_data
-
-    config = host_config.master_config(model, *overrides(folder, steps, backend), *further)
-    tokenizer = hf_generation.tiny_model.load_tokenizer(model)
-    torch.manual_seed(0)
-    data, validation, environments, _ = setup_response_data(tokenizer, config.data, config.env)
-    reported: list[str] = []
-    with _generation_replaced(grpo), _ending(environments):
-        factory, loss, wrap_logger = apo_parts(config, reported.append)
-        (policy, generation, _, placed, loader, val_loader, _, logger, saver, state, config, _, _) = (
-            grpo.setup(config, tokenizer, data, validation, policy_factory=factory)
-        )
-        try:
-            grpo.grpo_train(
-                policy,
-                generation,
-                loader,
-                val_loader,
-                tokenizer,
-                loss,
-                environments,
-                None,
-                wrap_logger(logger),
-                saver,
-                state,
-                config,
-            )
-            return Ran(folder, policy.weights(), reported)
-        finally:
-            policy.shutdown()
-            for one in set(placed):
-                one.shutdown()
-
-
-def apo_parts(config: Any, report: Any) -> tuple[Any, Any, Any]:
-    """The policy factory, the loss and the logger's wrapper of a configuration."""
-    from nemo_rl.models.policy.lm_policy import Policy
-
-    from nemo_apo.nemo_rl.baselines import ApoLogger, Baselines
-    from nemo_apo.nemo_rl.loss import ApoLoss
-    from nemo_apo.nemo_rl.policy import ApoRun, RunSizes, policy_factory
-    from nemo_apo.nemo_rl.settings import read_settings
-
-    settings = read_settings(config.model_extra.get("apo"))
-    sizes = RunSizes(
-        group_size=config.grpo.num_generations_per_prompt,
-        total_steps=config.grpo.max_num_steps,
-        max_response_length=config.policy["generation"]["max_new_tokens"],
-    )
-    apo = ApoRun(settings, sizes, Baselines(), report)
-    return (
-        policy_factory(apo, cluster.probed(Policy)),
-        ApoLoss(settings.objective, settings.regularizers),
-        lambda logger: ApoLogger(logger, apo.baselines),
-    )
+    example = host_source.checkout() / host_config.EXAMPLE
+    changes = [*host_config.changes(model), *overrides(folder, steps, backend), *further]
+    # The host's clusters give their slots back when they are collected.
+    gc.collect()
+    with _on_cpus() as policies:
+        run_grpo.main(["--config", str(example), *changes])
+        weights = policies[0].weights()
+        policies[0].shutdown()
+    return Ran(folder, weights)
 
 
 @contextmanager
-def _generation_replaced(grpo: Any) -> Iterator[None]:
+def _on_cpus() -> Iterator[list[Any]]:
+    """The host with what is not here replaced; the policies that it makes."""
+    from nemo_rl.algorithms import grpo
+    from nemo_rl.distributed import virtual_cluster
+    from nemo_rl.models.policy import lm_policy
+
+    policies = []
+
+    class Watched(cluster.probed(lm_policy.Policy)):  # type: ignore[misc]
+        def __init__(self, **kwargs: Any) -> None:
+            super().__init__(**kwargs)
+            policies.append(self)
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lm_policy, "Policy", Watched)
         patch.setattr(grpo, "VllmGeneration", hf_generation.Generation)
         patch.setattr(grpo, "refit_policy_generation", hf_generation.refit)
-        yield
-
-
-@contextmanager
-def _ending(environments: dict[str, Any]) -> Iterator[None]:
-    """End the actors of the environments, which hold slots of Ray."""
-    import ray
-
-    try:
-        yield
-    finally:
-        for actor in set(environments.values()):
-            ray.get(actor.shutdown.remote())
-            ray.kill(actor)
+        # Ray is there already, with the CPU shims in its processes.
+        patch.setattr(virtual_cluster, "init_ray", lambda: None)
+        # The launcher adds to it for the workers.
+        patch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))
+        torch.manual_seed(0)
+        yield policies

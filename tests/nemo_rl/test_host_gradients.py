@@ -122,7 +122,9 @@ def test_figures_of_an_rl_step(workers: Any) -> None:
     session = session_of(workers)
     session.train(rollout)
     assert session.figure("apo/alpha") == ALPHA
-    assert session.figure("apo/reward_mean") == pytest.approx(float(rollout.rewards.mean()), abs=1e-7)
+    assert session.figure("apo/reward_mean") == pytest.approx(
+        float(rollout.rewards.mean()), abs=1e-7
+    )
     assert session.figure("token_mult_prob_error") == pytest.approx(1.0, abs=1e-5)
     assert session.figure("gen_kl_error") == pytest.approx(0.0, abs=1e-6)
     assert session.figure("num_valid_samples") == SIZE

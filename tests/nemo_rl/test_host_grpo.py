@@ -3,11 +3,10 @@
 import math
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from nemo_apo.config import ConfigError
+from nemo_apo.nemo_rl import run_grpo
 from tests.nemo_rl import host_run
 
 pytestmark = [
@@ -17,7 +16,7 @@ pytestmark = [
 
 STEPS = 3
 # Its memory is of rewards and entropies, so an error in either of them shows in alpha.
-SCHEDULE = ("+apo.schedule.alpha_min=0.4", "+apo.schedule.rho=0.5")
+SCHEDULE = ("apo.schedule.alpha_min=0.4", "apo.schedule.rho=0.5")
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["dtensor v1", "dtensor v2"])
@@ -73,10 +72,18 @@ def test_resume_goes_on_bit_for_bit(
 
 
 def test_a_checkpoint_without_our_state_is_refused(
-    ran: host_run.Ran, model: str, backend: int, tmp_path: Path
+    ran: host_run.Ran,
+    model: str,
+    backend: int,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     copy = tmp_path / "checkpoints" / "step_1"
     shutil.copytree(ran.checkpoint(1), copy)
     (copy / "policy" / "nemo_apo.json").unlink()
-    with pytest.raises(ConfigError, match=r"holds no APO state.*apo\.resume\.without_state=fresh"):
+    with pytest.raises(SystemExit) as error:
         host_run.run(model, tmp_path, STEPS, backend, *SCHEDULE)
+    assert error.value.code == run_grpo.USER_ERROR
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "holds no APO state" in said
+    assert "apo.resume.without_state=fresh" in said

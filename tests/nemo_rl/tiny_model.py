@@ -38,7 +38,8 @@ def _tokenizer() -> Any:
     from transformers import PreTrainedTokenizerFast
 
     ids = {token: place for place, token in enumerate([PAD, END, UNKNOWN, *CHARACTERS])}
-    assert ids[PAD] == PAD_ID and ids[END] == END_ID and len(ids) <= ROWS
+    assert (ids[PAD], ids[END]) == (PAD_ID, END_ID)
+    assert len(ids) <= ROWS
     characters = Tokenizer(models.WordLevel(ids, unk_token=UNKNOWN))
     characters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     characters.decoder = decoders.Fuse()
