@@ -8,7 +8,7 @@ EXAMPLE = "examples/configs/grpo_math_1B.yaml"
 WORKERS = 2
 GROUP_SIZE = 4
 MAX_NEW_TOKENS = 6
-LR = 0.5
+LR = 0.01
 
 # What the example asks of GPUs, and what APO asks of the example.
 _CHANGES = f"""
