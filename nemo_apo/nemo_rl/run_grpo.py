@@ -13,6 +13,7 @@ one sentence. ``--check`` ends after the first of these, with the settings.
 
 import argparse
 import contextlib
+import copy
 import dataclasses
 import importlib
 import os
@@ -194,9 +195,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _master_config(master_config: type, config: Mapping[str, Any]) -> Any:
-    """The host's classes for the configuration; a mistake that they find, as ours."""
+    """The host's classes for a copy of the configuration; a mistake that they find, as ours."""
     try:
-        return master_config(**config)
+        return master_config(**copy.deepcopy(dict(config)))
     except ValueError as error:
         details = getattr(error, "errors", list)()
         if not details:
