@@ -22,6 +22,8 @@ _SKEW_S = 2.0
 # How long a network file system may take to show what another node wrote.
 _SHOW_S = 10.0
 _POLL_S = 0.1
+# With less than this left, the meeting point is not tried again; otherwise after a pause.
+_SHORTEST_S, _PAUSE_S = 3.0, 1.0
 _BYTES = 2**24
 
 
@@ -38,14 +40,7 @@ class Meeting:
 
     def __init__(self, place: Place, deadline: float) -> None:
         self._place, self._deadline = place, deadline
-        self._store = dist.TCPStore(
-            place.address,
-            place.port,
-            None,
-            place.hosts_store,
-            timeout=timedelta(seconds=max(1.0, deadline - time.monotonic())),
-            wait_for_workers=False,
-        )
+        self._store = self._open()
 
     def everybody(self, topic: str, mine: Any) -> dict[int, Any]:
         """What every rank has to say, by rank; the same on all that came before the deadline."""
@@ -118,6 +113,28 @@ class Meeting:
         names = "NCCL_SOCKET_IFNAME, NCCL_IB_HCA" if backend == "nccl" else "GLOO_SOCKET_IFNAME"
         cure = f"open the nodes' ports, or choose the network by cluster.environment ({names})"
         return failure(place.node, backend, failed, cure)
+
+    def _open(self) -> dist.Store:
+        # A store may try for more than twice its timeout: so a third of what is left, and again.
+        while True:
+            left = self._deadline - time.monotonic()
+            try:
+                return self._opened(timedelta(seconds=max(1.0, left / 3)))
+            except RuntimeError:
+                if left < _SHORTEST_S:
+                    raise
+            time.sleep(_PAUSE_S)
+
+    def _opened(self, timeout: timedelta) -> dist.Store:
+        place = self._place
+        return dist.TCPStore(
+            place.address,
+            place.port,
+            None,
+            place.hosts_store,
+            timeout=timeout,
+            wait_for_workers=False,
+        )
 
     def _sum(
         self, backend: str, store: dist.Store, timeout: timedelta, device: torch.device

@@ -78,6 +78,10 @@ def _not_met(place: Place, error: RuntimeError) -> Finding:
         f"is {place.node_of(0)} up, and does MASTER_ADDR name it for this node "
         "(cluster.master_addr)? are its ports open?"
     )
+    if place.hosts_store:  # it opened the meeting point itself
+        cure = (
+            "MASTER_ADDR must name this node (cluster.master_addr; null does), and the port be free"
+        )
     return failure(place.node, "present", told, cure)
 
 

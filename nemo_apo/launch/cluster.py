@@ -23,6 +23,7 @@ DEFAULT = "gpu"
 # Names of environment variables whose values are secrets.
 SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|ACCESS_?KEY", re.I)
 _TIME = re.compile(r"\d+-\d{1,2}(:\d{2}){0,2}|\d+(:\d{2}){0,2}")
+_OWN = ("localhost", "127.0.0.1", "::1")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=[^\n]*")
 
 
@@ -212,6 +213,9 @@ def _check_size(cluster: Cluster) -> None:
     else:
         rule = "must say how many ranks a node has, as cluster.gpus_per_node=0"
         require(per_node is not None, "cluster.processes_per_node", "null", rule)
+    address = cluster.master_addr
+    rule = "leads every node to itself; null is the job's first host"
+    require(cluster.nodes == 1 or address not in _OWN, "cluster.master_addr", address, rule)
     if cluster.gpu is not None:
         known = ", ".join(GPU_MEMORY)
         require(cluster.gpu in GPU_MEMORY, "cluster.gpu", cluster.gpu, f"must be one of {known}")

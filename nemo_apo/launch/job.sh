@@ -57,11 +57,11 @@ on_term() {
 }
 
 # One task per node, in the background: a trap runs only while bash waits. The status is srun's,
-# the highest of the tasks'. When one has ended, the others have two minutes to say why they end too.
+# the highest of the tasks'. When one has ended, the others have some seconds to say why they end too.
 on_every_node() {
-    local name=$1 status index
-    shift
-    srun --ntasks-per-node=1 --kill-on-bad-exit=0 --wait=120 --unbuffered "${srun_options[@]}" \
+    local name=$1 patience=$2 status index
+    shift 2
+    srun --ntasks-per-node=1 --kill-on-bad-exit=0 --wait="$patience" --unbuffered "${srun_options[@]}" \
         --output="$logs/start$start-$name-node%n.log" bash -c "$task" task "$env_file" "$@" &
     step=$!
     while true; do
@@ -111,18 +111,19 @@ count_stalled_starts() {
 # Ends a start whose tasks failed. Where a node is gone, the others notice it long before Slurm does,
 # which requeues the job only then.
 fail() {
-    local host lost=()
+    local status=$1 what=$2 host lost=()
     for host in "${hosts[@]}"; do
         is_running || break
         timeout -k 5 20 srun --nodes=1 --ntasks=1 --nodelist="$host" true || lost+=("$host")
     done
     if ((${#lost[@]} > 0)) && is_running; then
-        say "${lost[*]} does not answer; waiting for Slurm to find that out (at most 15 minutes)"
+        say "${lost[*]} does not answer; waiting for Slurm to find that out (at most 15 minutes);" \
+            "cluster.extra_sbatch=['--exclude=NODE'] leaves a node out"
         sleep 900 &
         wait "$!" || true
     fi
-    if is_running; then say "the run failed (status $1)"; else say "Slurm ends the job"; fi
-    exit "$1"
+    if is_running; then say "$what (status $status)"; else say "Slurm ends the job"; fi
+    exit "$status"
 }
 
 mkdir -p "$logs" "$state"
@@ -159,19 +160,18 @@ count_stalled_starts
 
 if [[ $doctor == true ]]; then
     # A port of its own: the training's store opens right after.
-    on_every_node doctor env MASTER_PORT=$((MASTER_PORT + 1)) "$python" -m nemo_apo doctor \
+    on_every_node doctor 15 env MASTER_PORT=$((MASTER_PORT + 1)) "$python" -m nemo_apo doctor \
         --seconds "$doctor_seconds" --shared "$launch" "${doctor_options[@]}" || {
         status=$?
         [[ $stopping == false ]] || go_on_later "stopped before training"
-        say "a node is not fit for the run (status $status)"
-        exit "$status"
+        fail "$status" "a node is not fit for the run"
     }
 fi
 [[ $stopping == false ]] || go_on_later "stopped before training"
 
 [[ -f $state/started ]] || touch "$state/started"
 status=0
-on_every_node train "$python" -m nemo_apo.launch.node "$ranks_per_node" \
+on_every_node train 120 "$python" -m nemo_apo.launch.node "$ranks_per_node" \
     train "${arguments[@]}" || status=$?
 case $status in
     0) end_launch 0 "the run has ended" ;;
@@ -179,4 +179,4 @@ case $status in
     75) go_on_later "stopped early and saved" ;;
 esac
 [[ $stopping == false ]] || go_on_later "stopped early (status $status)"
-fail "$status"
+fail "$status" "the run failed"

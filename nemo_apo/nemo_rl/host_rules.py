@@ -11,6 +11,7 @@ from typing import Any
 
 from nemo_apo.compose.schema import assigned, shown, suggestion
 from nemo_apo.config import ConfigError, require
+from nemo_apo.core.objectives.anchored import uses_stale_logprobs
 from nemo_apo.plugin.settings import ApoSettings
 
 GROUP_SIZE = "grpo.num_generations_per_prompt"
@@ -127,9 +128,17 @@ def check(config: Mapping[str, Any], settings: ApoSettings) -> None:
     _check_loss(config["loss_fn"])
     _check_reference(config, settings)
     _check_sizes(config)
+    _check_settings(settings)
+
+
+def _check_settings(settings: ApoSettings) -> None:
+    """What the host's workers do not tell cannot be asked for."""
     entropy_coef = settings.regularizers.entropy_coef
     rule = "must be 0: the host hands its losses no entropy"
     require(entropy_coef == 0.0, "apo.regularizers.entropy_coef", shown(entropy_coef), rule)
+    rule = "must be forward: workers do not tell the sequence log-probs that an update has seen"
+    stale = uses_stale_logprobs(settings.objective)
+    require(not stale, "apo.objective.refresh", "stale", rule)
 
 
 def has_fused_linear_logprobs(config: Mapping[str, Any]) -> bool:

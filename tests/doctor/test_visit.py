@@ -95,6 +95,15 @@ def test_a_wrong_address_is_told_by_the_node_that_has_it() -> None:
     assert "is n0 up, and does MASTER_ADDR name it" in told
 
 
+def test_an_address_that_is_not_the_first_nodes_is_told_by_it() -> None:
+    # No connection goes there, and no packet either.
+    wrong = {"MASTER_ADDR": "255.255.255.255"}
+    ((status, told),) = ended([start(0, 2, free_port(), "--seconds", "10", **wrong)])
+    assert status == 1
+    assert "cannot reach 255.255.255.255" in told
+    assert "MASTER_ADDR must name this node" in told
+
+
 def test_different_versions_are_named(tmp_path: Path) -> None:
     metadata = tmp_path / "vllm-0.0.1.dist-info" / "METADATA"
     metadata.parent.mkdir()

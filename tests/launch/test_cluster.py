@@ -77,6 +77,7 @@ class TestOverrides:
         (["cluster.env_file=secrets.env"], "must be an absolute path"),
         (["cluster.env_file=/nowhere/s.env"], "there is no such file"),
         (["cluster.stalled_starts=0"], "must be at least 1"),
+        (["cluster.nodes=2", "cluster.master_addr=localhost"], "localhost: leads every node to"),
     ],
 )
 def test_refused(overrides: list[str], message: str) -> None:

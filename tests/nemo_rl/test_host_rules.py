@@ -212,6 +212,11 @@ def test_an_entropy_bonus_is_refused() -> None:
     )
 
 
+def test_stale_coefficients_are_refused() -> None:
+    message = refusal({"objective": {"name": "adpo_softmax", "refresh": "stale"}})
+    assert message.startswith("apo.objective.refresh=stale: must be forward")
+
+
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_every_objective_is_allowed(name: str) -> None:
     check({"objective": {"name": name}})

@@ -1,7 +1,7 @@
 """A real Slurm of several nodes on this machine, in a folder of its own.
 
-Every node is a slurmd with its own loopback address, which is its name too, so that host names
-resolve without any change outside the folder. Nothing is installed except where ``CI=1``.
+Every node is a slurmd; ``networks`` says what the nodes are to each other. Nothing is installed
+except where ``CI=1``.
 """
 
 import contextlib
@@ -13,18 +13,21 @@ import signal
 import socket
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from .networks import Network
+
 DAEMONS = ("munged", "slurmctld", "slurmd", "sbatch")
-PACKAGES = ("slurm-wlm", "munge", "libslurm-dev", "gcc", "libc6-dev")
+PACKAGES = ("slurm-wlm", "munge", "libslurm-dev", "gcc", "libc6-dev", "iproute2")
 HEADER = Path("/usr/include/slurm/spank.h")
 START_S = 60.0
 INSTALLATION_FAILED = "apt-get could not"
 CONF = """\
 ClusterName=local
-SlurmctldHost={host}(127.0.0.1)
+SlurmctldHost={controller}
 SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
@@ -40,7 +43,7 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1,sched_min_interval=0
 ReturnToService=2
-SlurmdTimeout=6
+SlurmdTimeout={silence_s}
 KillWait=5
 FirstJobId={first_job}
 MinJobAge=600
@@ -55,11 +58,12 @@ SlurmctldLogFile={root}/slurmctld.log
 SlurmdLogFile={root}/slurmd-%n.log
 SlurmdParameters=config_overrides
 NodeName=DEFAULT CPUs=16 RealMemory=1000 Gres=gpu:8
-NodeName={nodes} NodeAddr={nodes} NodeHostname={host} Port=[{first}-{last}]
+{nodes}
 EnforcePartLimits=ALL
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 PartitionName=batch Nodes=ALL Default=YES MaxTime=60 PriorityTier=1 PreemptMode=REQUEUE GraceTime=60
+PartitionName=abrupt Nodes=ALL MaxTime=60 PriorityTier=1 PreemptMode=REQUEUE GraceTime=0
 PartitionName=high Nodes=ALL MaxTime=60 PriorityTier=10 PreemptMode=OFF
 """
 
@@ -67,7 +71,8 @@ PartitionName=high Nodes=ALL MaxTime=60 PriorityTier=10 PreemptMode=OFF
 def why_not() -> str | None:
     """Why no Slurm can be started here; installs it first where ``CI=1``."""
     missing = [name for name in DAEMONS if _which(name) is None]
-    if os.environ.get("CI") == "1" and (missing or not HEADER.exists()):
+    has_all = not missing and HEADER.exists() and _which("ip") is not None
+    if os.environ.get("CI") == "1" and not has_all:
         environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
         for command in (["update"], ["install", "-y", "--no-install-recommends", *PACKAGES]):
             done = subprocess.run(
@@ -90,13 +95,13 @@ class LocalSlurm:
     """The daemons; enter it as a context.
 
     Args:
-        count: nodes.
+        network: of its nodes.
     """
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, network: Network) -> None:
         # Unix sockets have short names, so not below pytest's own folders.
         self.root = Path(tempfile.mkdtemp(prefix="slurm-"))
-        self.nodes = [f"127.0.0.{10 + number}" for number in range(1, count + 1)]
+        self.nodes, self._network = network.nodes, network
         self.has_pyxis = False
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._before: dict[str, str | None] = {}
@@ -105,6 +110,7 @@ class LocalSlurm:
         self._before["SLURM_CONF"] = os.environ.get("SLURM_CONF")
         os.environ["SLURM_CONF"] = str(self.root / "slurm.conf")
         try:
+            self._network.open(self.root)
             self._write_files()
             self._start("munged", *self._munged())
             self._until(lambda: (self.root / "munge.sock").exists(), "munged")
@@ -121,6 +127,7 @@ class LocalSlurm:
         self.clear()
         for name in reversed(self._processes):
             self._end(name)
+        self._network.close()
         os.environ.pop("SLURM_CONF")
         if (before := self._before["SLURM_CONF"]) is not None:
             os.environ["SLURM_CONF"] = before
@@ -128,7 +135,14 @@ class LocalSlurm:
 
     def start_node(self, node: str) -> None:
         """Start, or start again, a node's slurmd."""
-        self._start(node, "-D", "-N", node, program="slurmd")
+        self._start(node, "-D", "-N", node, program="slurmd", where=node)
+
+    def restart_node(self, node: str) -> None:
+        """End a node's slurmd if there is one, start it, and wait until all nodes are idle."""
+        if node in self._processes:
+            self._end(node)
+        self.start_node(node)
+        self._until(lambda: self.idle() == len(self.nodes), node)
 
     def kill_node(self, node: str) -> None:
         """SIGKILL a node's slurmd and all that runs on the node, as when a machine is gone."""
@@ -139,6 +153,30 @@ class LocalSlurm:
         for pid in {*tasks, *filter(_is_stepd, map(_parent, tasks))}:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+
+    @contextlib.contextmanager
+    def standstill(self, job: str) -> Iterator[None]:
+        """A job's ranks do nothing meanwhile: stopped, again and again, as Slurm continues them."""
+        ranks = [
+            pid
+            for pid, text in _environments()
+            if f"SLURM_JOB_ID={job}\0" in text and "\0RANK=" in text
+        ]
+        over = threading.Event()
+
+        def stop() -> None:
+            while not over.wait(0.002):
+                for pid in ranks:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGSTOP)
+
+        stopping = threading.Thread(target=stop)
+        stopping.start()
+        try:
+            yield
+        finally:
+            over.set()
+            stopping.join()
 
     def idle(self) -> int:
         """How many nodes are idle."""
@@ -163,15 +201,14 @@ class LocalSlurm:
         for folder in ("state", *(f"spool/{node}" for node in self.nodes)):
             (self.root / folder).mkdir(parents=True)
         text = CONF.format(
-            host=socket.gethostname().split(".")[0],
+            controller=self._network.controller,
             user=_user(),
             root=self.root,
             port=port,
-            first=port + 1,
-            last=port + len(self.nodes),
+            silence_s=self._network.silence_s,
+            nodes=self._network.lines.format(first=port + 1, last=port + len(self.nodes)),
             # Ports of a run follow from the job: two of these clusters must not share any.
             first_job=secrets.randbelow(50_000) + 1,
-            nodes=f"127.0.0.[11-{10 + len(self.nodes)}]",
         )
         (self.root / "slurm.conf").write_text(text)
         plugin = self._pyxis_stub()
@@ -211,12 +248,14 @@ class LocalSlurm:
             f"--seed-file={root}/munge.seed",
         ]
 
-    def _start(self, name: str, *arguments: str, program: str | None = None) -> None:
+    def _start(
+        self, name: str, *arguments: str, program: str | None = None, where: str | None = None
+    ) -> None:
         path = _which(program or name)
         assert path is not None
         with (self.root / f"{name}.out").open("ab") as output:
             self._processes[name] = subprocess.Popen(
-                [path, *arguments],
+                [*self._network.inside(where), path, *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,

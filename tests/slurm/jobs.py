@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from nemo_apo import record
@@ -40,10 +40,12 @@ TRAINING = (
 )
 
 
-def launch(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def launch(
+    folder: Path, *arguments: str, training: Sequence[str] = TRAINING
+) -> subprocess.CompletedProcess[str]:
     """``nemo-apo launch slurm``, started in the folder."""
     return subprocess.run(
-        [sys.executable, "-m", "nemo_apo", "launch", "slurm", *CLUSTER, *TRAINING, *arguments],
+        [sys.executable, "-m", "nemo_apo", "launch", "slurm", *CLUSTER, *training, *arguments],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
         capture_output=True,

@@ -1,8 +1,11 @@
 """Jobs on a real Slurm of three nodes: trained, stopped, preempted, lost, swept."""
 
 import json
+import os
 import re
 import subprocess
+import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -99,19 +102,40 @@ def test_usr1_saves_requeues_and_resumes(
     report(f"USR1 at {moment}", 1)
 
 
+def preempt(tmp_path: Path) -> None:
+    """Run a job that needs all nodes and goes before the others."""
+    urgent = ["sbatch", "--parsable", "-p", "high", "-N3", "--exclusive", "-o", "/dev/null"]
+    done = subprocess.run([*urgent, "--wrap=sleep 3"], check=True, capture_output=True, text=True)
+    jobs.wait_for(done.stdout.strip(), tmp_path, "COMPLETED")
+
+
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_preempted_run_is_completed_later(
     moment: int | None, slurm: LocalSlurm, whole: Path, tmp_path: Path
 ) -> None:
     job, folder = disturbed(tmp_path, moment, "cluster.exclusive=true")
-    urgent = ["sbatch", "--parsable", "-p", "high", "-N3", "--exclusive", "-o", "/dev/null"]
-    done = subprocess.run([*urgent, "--wrap=sleep 3"], check=True, capture_output=True, text=True)
-    jobs.wait_for(done.stdout.strip(), tmp_path, "COMPLETED")
+    preempt(tmp_path)
     assert jobs.fields(job)["JobState"] in ("PENDING", "RUNNING", "COMPLETED")
     is_the_whole_run(job, folder, whole)
     if moment:
         assert "resumed from" in jobs.logs(folder)
     report(f"preemption at {moment}", 1)
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_preemption_without_time_to_save_costs_what_was_not_saved(
+    moment: int | None, slurm: LocalSlurm, whole: Path, tmp_path: Path
+) -> None:
+    arguments = ("cluster.partition=abrupt", "cluster.exclusive=true", "run.save_every=1")
+    job, folder = disturbed(tmp_path, moment, *arguments)
+    # Between TERM and KILL are the seconds of KillWait, in which these ranks would save.
+    with slurm.standstill(job):
+        preempt(tmp_path)
+    is_the_whole_run(job, folder, whole)
+    if moment:
+        assert "stopped early" not in jobs.logs(folder)
+        assert "resumed from" in jobs.logs(folder)
+    report(f"abrupt preemption at {moment}", 1)
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
@@ -157,6 +181,53 @@ def test_a_finished_run_is_not_begun_again(slurm: LocalSlurm, whole: Path) -> No
     assert found["ExitCode"] == "0:0"
     assert "has ended with status 0" in jobs.logs(launch_folder)
     assert jobs.metrics(whole) == before
+
+
+def test_the_quickstart_on_two_nodes(slurm: LocalSlurm, tmp_path: Path) -> None:
+    arguments = ("run.name=quickstart", "parallel=tp2", "schedule.alpha_min=0.6", "--follow")
+    done = jobs.launch(tmp_path, *arguments, training=())
+    assert done.returncode == 0, done.stdout + done.stderr + jobs.logs(tmp_path)
+    folder = tmp_path / "runs" / "quickstart"
+    summary = json.loads((folder / record.SUMMARY_FILE).read_text())
+    assert (summary["world_size"], summary["tensor_model_parallel_size"]) == (2, 2)
+    assert summary["accuracy_start"] < 0.3
+    assert summary["accuracy_final"] > 0.9
+    lines = [line for line in jobs.metrics(folder) if record.ALPHA in line]
+    for before, line in pairwise(lines):
+        lowered = (0.9 - 0.6) * line[record.CONFIDENCE] * line[record.IMPROVEMENT]
+        expected = 0.8 * before[record.ALPHA] + 0.2 * (0.9 - lowered)
+        assert line[record.ALPHA] == pytest.approx(expected)
+    assert (lines[0][record.ALPHA], len(lines)) == (0.9, 60)
+    assert lines[-1][record.ALPHA] == summary["alpha_last"] == pytest.approx(0.73, abs=0.05)
+
+
+def test_the_script_without_the_launcher(slurm: LocalSlurm, whole: Path, tmp_path: Path) -> None:
+    script = jobs.REPOSITORY / "scripts" / "slurm" / "trainer.sbatch"
+    options = ["--nodes=2", "--gpus-per-node=0", "--time=10", "--signal=B:USR1@60"]
+    given = {
+        "PYTHON": sys.executable,
+        "RANKS_PER_NODE": "1",
+        "PYTHONPATH": str(jobs.REPOSITORY),
+        "GLOO_SOCKET_IFNAME": "lo",
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(
+        ["sbatch", "--parsable", *options, script, *jobs.TRAINING, *SCHEDULE, "run.name=run"],
+        cwd=tmp_path,
+        env={**os.environ, **given},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    job, folder = done.stdout.strip(), tmp_path / "runs" / "run"
+    jobs.wait_for_step(folder, 2)
+    subprocess.run(["scancel", "--signal=USR1", "--batch", job], check=True)
+    found = jobs.wait_for(job, tmp_path, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
+    told = jobs.logs(tmp_path)
+    assert (found["JobState"], found["ExitCode"]) == ("COMPLETED", "0:0"), told
+    assert found["Restarts"] == "1"
+    assert "stopped early: signal USR1" in told
+    assert jobs.metrics(folder) == jobs.metrics(whole)
 
 
 def test_a_sweep_is_an_array_with_its_report(slurm: LocalSlurm, tmp_path: Path) -> None:
