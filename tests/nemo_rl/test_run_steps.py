@@ -4,12 +4,14 @@ The same steps with the real ones are in the test_host_* files.
 """
 
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
 
+from nemo_apo.config import ConfigError
 from nemo_apo.nemo_rl import interface_guard, run_grpo
 from nemo_apo.nemo_rl.baselines import ApoLogger
 from nemo_apo.nemo_rl.loss import ApoLoss
@@ -41,6 +43,19 @@ class Checkpointer:
 
     def __exit__(self, *error: object) -> None:
         self.events.append("checkpointer out")
+
+
+class Checkpoints:
+    """Stands for the host's manager of the folder that its configuration names."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.folder = Path(config["checkpoint_dir"])
+
+    def get_latest_checkpoint_path(self) -> str | None:
+        return str(self.folder / "step_7") if self.folder.exists() else None
+
+    def get_resume_paths(self, last_checkpoint_path: str | None) -> tuple[Path | None, None]:
+        return last_checkpoint_path and Path(last_checkpoint_path) / "policy" / "weights", None
 
 
 class Host:
@@ -111,6 +126,7 @@ class Host:
             "models.generation.configure_generation_config": self.generation,
             "data.utils.setup_response_data": self.data,
             "models.policy.lm_policy.Policy": Policy,
+            "utils.checkpoint.CheckpointManager": Checkpoints,
         }
         if self.is_main:
             names["algorithms.grpo.shutdown_environments"] = self.shutdown_environments
@@ -203,6 +219,18 @@ def test_the_loss_is_told_of_log_probs_without_logits(host: Host) -> None:
     assert host.trained["loss_fn"].use_fused_linear_logprobs is True
 
 
+def test_a_checkpoint_without_our_state_is_refused_before_ray_starts(
+    host: Host, tmp_path: Path
+) -> None:
+    (tmp_path / "step_7" / "policy").mkdir(parents=True)
+    resuming = config() | {"checkpointing": {"checkpoint_dir": str(tmp_path)}}
+    with pytest.raises(ConfigError, match=r"holds no APO state .*resume\.without_state=fresh"):
+        run_grpo.run(resuming, read_settings(None))
+    assert host.events == []
+    run_grpo.run(resuming, read_settings({"resume": {"without_state": "fresh"}}))
+    assert host.trained["policy"].apo.state.rl_steps == 0
+
+
 def test_what_was_started_is_ended_when_training_fails(
     host: Host, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -217,6 +245,6 @@ def test_what_was_started_is_ended_when_training_fails(
 def test_all_that_the_steps_call_is_guarded() -> None:
     called = {f"nemo_rl.{name}" for name in Host(is_main=False).functions()}
     called -= {"nemo_rl.models.policy.lm_policy.Policy"}
-    guarded = {f"{need.module}.{need.path}" for need in interface_guard.SCRIPT}
+    guarded = {f"{need.module}.{need.path.split('.')[0]}" for need in interface_guard.SCRIPT}
     assert called == guarded
     assert Needed("nemo_rl.algorithms.grpo", "MasterConfig") in interface_guard.SCRIPT
