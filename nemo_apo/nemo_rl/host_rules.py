@@ -73,6 +73,13 @@ _CHANGES = "changes advantages after the fact, and rewards are read back from th
 _PLAIN = "the log-probs that are trained must be those of the policy itself"
 _OTHER_LOSS = "adds a loss of its own beside the objective"
 RULES = (
+    Rule(
+        "grpo.use_leave_one_out_baseline",
+        (False,),
+        True,
+        "advantages and this baseline must add up to the rewards; with grpo.use_dynamic_sampling "
+        "it would also drop the lone winner of a group, row by row",
+    ),
     Rule("grpo.adv_estimator.name", ("grpo",), "grpo", _BY_APO),
     Rule(
         "grpo.adv_estimator.normalize_rewards",
@@ -86,13 +93,6 @@ RULES = (
         True,
         f"{_BY_APO}; set grpo.use_leave_one_out_baseline=false, which this key follows in the "
         "examples",
-    ),
-    Rule(
-        "grpo.use_leave_one_out_baseline",
-        (False,),
-        True,
-        "advantages and this baseline must add up to the rewards; with grpo.use_dynamic_sampling "
-        "it would also drop the lone winner of a group, row by row",
     ),
     Rule("grpo.advantage_clip_low", (None,), None, _CHANGES),
     Rule("grpo.advantage_clip_high", (None,), None, _CHANGES),

@@ -13,6 +13,7 @@ _GRPO = "nemo_rl.algorithms.grpo"
 _LOSS = "nemo_rl.algorithms.loss.interfaces"
 _POLICY = "nemo_rl.models.policy.lm_policy"
 _DATA = "nemo_rl.distributed.batched_data_dict"
+_CHECKPOINT = "nemo_rl.utils.checkpoint"
 _CONFIG = "nemo_rl.utils.config"
 
 CONFIGURATION = (
@@ -41,6 +42,8 @@ POLICY = (
 # What the steps of ``run_grpo`` call, in their order.
 SCRIPT = (
     Needed(_GRPO, "MasterConfig"),
+    Needed(_CHECKPOINT, "CheckpointManager.get_latest_checkpoint_path"),
+    Needed(_CHECKPOINT, "CheckpointManager.get_resume_paths", ("last_checkpoint_path",)),
     Needed("nemo_rl.utils.logger", "get_next_experiment_dir", ("base_log_dir",)),
     Needed("nemo_rl.distributed.virtual_cluster", "init_ray"),
     Needed("nemo_rl.algorithms.utils", "get_tokenizer", ("tokenizer_config",)),

@@ -13,6 +13,7 @@ one sentence. ``--check`` ends after the first of these, with the settings.
 
 import argparse
 import contextlib
+import copy
 import dataclasses
 import importlib
 import os
@@ -105,7 +106,8 @@ def run(config: Mapping[str, Any], settings: ApoSettings) -> None:
     """Train as a checked configuration says: the steps of the host's script, with our parts.
 
     Raises:
-        ConfigError: if the host's own classes refuse the configuration, or the data are too few.
+        ConfigError: if the host's own classes refuse the configuration, the newest checkpoint
+            cannot be gone on from, or the data are too few.
     """
     from nemo_rl.algorithms import grpo
     from nemo_rl.algorithms.utils import get_tokenizer
@@ -118,6 +120,7 @@ def run(config: Mapping[str, Any], settings: ApoSettings) -> None:
     from nemo_apo.nemo_rl.policy import ApoRun, RunSizes, policy_factory
 
     master = _master_config(grpo.MasterConfig, config)
+    _check_checkpoint(master.checkpointing, settings)
     master.logger["log_dir"] = get_next_experiment_dir(master.logger["log_dir"])
     init_ray()
     tokenizer = get_tokenizer(master.policy["tokenizer"])
@@ -194,15 +197,26 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _master_config(master_config: type, config: Mapping[str, Any]) -> Any:
-    """The host's classes for the configuration; a mistake that they find, as ours."""
+    """The host's classes for a copy of the configuration; a mistake that they find, as ours."""
     try:
-        return master_config(**config)
+        return master_config(**copy.deepcopy(dict(config)))
     except ValueError as error:
         details = getattr(error, "errors", list)()
         if not details:
             raise ConfigError(first_line(error)) from None
         key = ".".join(map(str, details[0]["loc"]))
         raise ConfigError(f"{key}: {details[0]['msg']}") from None
+
+
+def _check_checkpoint(checkpointing: Any, settings: ApoSettings) -> None:
+    """Refuse early what the policy factory would refuse once Ray has started."""
+    from nemo_rl.utils.checkpoint import CheckpointManager
+
+    from nemo_apo.nemo_rl.checkpoint import load_state
+
+    checkpoints = CheckpointManager(checkpointing)
+    weights, _ = checkpoints.get_resume_paths(checkpoints.get_latest_checkpoint_path())
+    load_state(weights, settings)
 
 
 def _complete_generation(policy: Any, tokenizer: Any) -> None:

@@ -198,6 +198,13 @@ def test_log_probs_without_logits(switch: str) -> None:
     assert message.startswith("policy.sequence_packing.enabled=true: must be false with fused")
 
 
+def test_leave_one_out_with_dynamic_sampling_is_told_apart() -> None:
+    changes = {GRPO + "use_dynamic_sampling": True, GRPO + "use_leave_one_out_baseline": True}
+    message = refusal(**changes)
+    assert message.startswith("grpo.use_leave_one_out_baseline=true: must be false: ")
+    assert "with grpo.use_dynamic_sampling it would also drop the lone winner" in message
+
+
 def test_an_entropy_bonus_is_refused() -> None:
     message = refusal({"regularizers": {"entropy_coef": 0.1}})
     assert message == (

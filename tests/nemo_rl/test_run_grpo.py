@@ -56,7 +56,7 @@ class TestMistakes:
             ([*FITTING, "+apo.schedule.alpha_mim=0.4"], "apo.schedule.alpha_mim=0.4: there is no"),
             ([*FITTING, "grpo.adv_estimator.name=gdpo"], "grpo.adv_estimator.name=gdpo: must be"),
             ([*FITTING, "grpo.max_num_step=3"], "did you mean grpo.max_num_steps"),
-            ([], "grpo.adv_estimator.normalize_rewards=true: must be false"),
+            ([], "grpo.use_leave_one_out_baseline=true: must be false"),
         ],
     )
     def test_one_sentence_and_status_2(
