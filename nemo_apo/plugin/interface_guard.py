@@ -17,7 +17,10 @@ class InterfaceMismatch(ImportError):
 
 @dataclass(frozen=True)
 class Needed:
-    """One name of the host: where it is, and parameters that it must accept by name."""
+    """One name of the host: where it is, and parameters that it must accept by name.
+
+    What takes any name, such as a class derived from the host's, accepts them.
+    """
 
     module: str
     path: str
@@ -68,6 +71,8 @@ def _problem(need: Needed) -> str:
     if not need.parameters:
         return ""
     parameters = inspect.signature(found).parameters
+    if any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values()):
+        return ""
     lost = [name for name in need.parameters if name not in parameters]
     return f"{need.module}.{need.path} has no parameter {', '.join(lost)}" if lost else ""
 

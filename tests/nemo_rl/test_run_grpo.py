@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -225,6 +226,14 @@ class TestGuard:
 
     def test_a_name_that_is_no_callable_can_be_needed(self) -> None:
         interface_guard.check((Needed("nemo_apo.nemo_rl.interface_guard", "TESTED.versions"),))
+
+    def test_what_takes_any_name_accepts_those_that_are_needed(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        made = ModuleType("made_host")
+        made.policy = lambda **anything: None  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "made_host", made)
+        interface_guard.check((Needed("made_host", "policy", ("weights_path",)),))
 
     def test_all_that_is_passed_by_name_is_guarded(self) -> None:
         guarded = {need.path: set(need.parameters) for need in interface_guard.ALL}
