@@ -135,7 +135,6 @@ def _answer_cuda_queries() -> None:
         "current_device": 0,
         "empty_cache": None,
         "get_device_name": "cpu",
-        "is_available": True,
         "max_memory_allocated": 0,
         "memory_allocated": 0,
         "memory_reserved": 0,
