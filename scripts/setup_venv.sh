@@ -4,6 +4,8 @@
 #   setup_venv test      .venv: the checks as well                   (requirements/test.txt)
 #   setup_venv aligner   .venv-aligner: the tests against NeMo-Aligner, with this package's wheel
 #                        (requirements/aligner.txt, aligner-host.txt)
+#   setup_venv nemo_rl   .venv-nemo_rl: the same against NeMo-RL
+#                        (requirements/nemo_rl.txt, nemo_rl-host.txt)
 #
 # Sets ROOT (the repository) and VENV. An environment whose pins have not changed is reused as is.
 # PYTHON=... chooses its interpreter.
@@ -23,7 +25,7 @@ setup_venv() {
     local kind=$1
     local python
     VENV=$MAIN_VENV
-    [[ $kind != aligner ]] || VENV=$ROOT/.venv-aligner
+    ! is_host "$kind" || VENV=$ROOT/.venv-$kind
     python=${PYTHON:-$(usual_python)}
     check_python "$python"
     # A lock on a file that is always there: no second process touches .venv until this one is done.
@@ -39,8 +41,13 @@ setup_venv() {
         install_venv "$kind" "$python"
         echo "$pins" >"$stamp"
     fi
-    [[ $kind != aligner ]] || install_wheel
+    ! is_host "$kind" || install_wheel
     exec 9<&-
+}
+
+# Whether an environment is a host's: of its own, with what its tests need, and our wheel beside it.
+is_host() {
+    [[ -f $ROOT/requirements/$1-host.txt ]]
 }
 
 # The interpreter of a finished .venv, so that one made with PYTHON=... is kept, else python3.
@@ -71,6 +78,7 @@ files = {
     "run": ["run.txt", "cuda.txt", "../pyproject.toml"],
     "test": ["run.txt", "cuda.txt", "../pyproject.toml", "test.txt"],
     "aligner": ["aligner.txt", "aligner-host.txt", "cuda.txt"],
+    "nemo_rl": ["nemo_rl.txt", "nemo_rl-host.txt", "cuda.txt"],
 }
 contents = b"".join((root / "requirements" / name).read_bytes() for name in files[kind])
 print(sys.version.split()[0], sys.base_prefix, root, hashlib.sha256(contents).hexdigest())
@@ -92,8 +100,8 @@ install_venv() {
 
 install_pins() {
     "$VENV/bin/python" -m pip install -r "$ROOT/requirements/$1.txt" || return
-    if [[ $1 == aligner ]]; then
-        "$VENV/bin/python" -m pip install --no-deps -r "$ROOT/requirements/aligner-host.txt"
+    if is_host "$1"; then
+        "$VENV/bin/python" -m pip install --no-deps -r "$ROOT/requirements/$1-host.txt"
     else
         # The package itself is a link to this folder; the pins hold its build backend already.
         "$VENV/bin/python" -m pip install --no-deps --no-build-isolation -e "$ROOT"

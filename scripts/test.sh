@@ -5,10 +5,11 @@
 #
 # NPROC processes (default 2) share the tests out by file; --pdb and -s need NPROC=1.
 #
-# Two runs: all tests but those marked "pinned" in .venv, and those, which need NeMo-Aligner, in
-# .venv-aligner. The second is left out where the arguments name other tests only. With
-# NEMO_ALIGNER_GRPO_PATH=<checkout of NeMo-Aligner's branch llama-nemotron-dev> a third run tests
-# against that branch.
+# Two runs: all tests but those that need a host in .venv, and those marked "pinned", which need
+# NeMo-Aligner, in .venv-aligner. The second is left out where the arguments name other tests only.
+# Two more where a checkout is named:
+#   NEMO_ALIGNER_GRPO_PATH=<NeMo-Aligner's branch llama-nemotron-dev>   the same against that branch
+#   NEMO_RL_SRC=<NeMo-RL, main or v0.7.0>   the tests marked "nemo_rl" against it, in .venv-nemo_rl
 #
 # tests/slurm start a real Slurm on this machine: they need slurm-wlm, munge, libslurm-dev and a C
 # compiler, or CI=1 and root to install them, and are skipped with the reason otherwise.
@@ -19,27 +20,30 @@ set -euo pipefail
 # shellcheck source=scripts/setup_venv.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup_venv.sh"
 
-# Sets aligner_arguments to the pytest arguments of the NeMo-Aligner tests, empty if the arguments
-# name other tests only.
-choose_aligner_arguments() {
-    local argument named=false paths=() others=()
+# Sets host_arguments to the pytest arguments of the tests in a folder, empty if the arguments name
+# other tests only.
+choose_host_arguments() {
+    local folder=$1 argument named=false paths=() others=()
+    shift
     for argument in "$@"; do
         case $argument in
-            tests/aligner*) paths+=("$argument") ;;
-            tests | tests/) paths+=(tests/aligner) ;;
+            "$folder"*) paths+=("$argument") ;;
+            tests | tests/) paths+=("$folder") ;;
             tests/*) named=true ;;
             *) others+=("$argument") ;;
         esac
     done
-    [[ $named == true || ${#paths[@]} -gt 0 ]] || paths=(tests/aligner)
-    aligner_arguments=()
-    ((${#paths[@]} == 0)) || aligner_arguments=("${others[@]}" "${paths[@]}")
+    [[ $named == true || ${#paths[@]} -gt 0 ]] || paths=("$folder")
+    host_arguments=()
+    ((${#paths[@]} == 0)) || host_arguments=("${others[@]}" "${paths[@]}")
 }
 
-# The tests that need NeMo-Aligner; pytest's status 5 means that the arguments chose none of them.
-run_pinned() {
-    local status=0
-    NEMO_APO_ALIGNER_PINS=1 "$@" || status=$?
+# Tests that need a host, which the variable named first promises them to have; pytest's status 5
+# means that the arguments chose none of them.
+run_promised() {
+    local promise=$1 status=0
+    shift
+    env "$promise=1" "$@" || status=$?
     ((status == 5)) || return "$status"
 }
 
@@ -56,17 +60,29 @@ processes=(-n "${NPROC:-2}" --dist loadfile --no-loadscope-reorder)
 [[ ${NPROC:-2} != 1 ]] || processes=()
 status=0
 "$VENV/bin/python" -m pytest "${processes[@]}" "$@" || status=$?
-choose_aligner_arguments "$@"
-if ((${#aligner_arguments[@]} > 0)); then
+choose_host_arguments tests/aligner "$@"
+if ((${#host_arguments[@]} > 0)); then
     setup_venv aligner
-    pinned=("$VENV/bin/python" -m pytest "${aligner_arguments[@]}")
+    pinned=("$VENV/bin/python" -m pytest "${host_arguments[@]}")
+    promise=NEMO_APO_ALIGNER_PINS
     echo "test.sh: against the released NeMo-Aligner" >&2
-    run_pinned env -u NEMO_ALIGNER_GRPO_PATH "${pinned[@]}" || status=$?
+    run_promised $promise env -u NEMO_ALIGNER_GRPO_PATH "${pinned[@]}" || status=$?
     if [[ -n ${NEMO_ALIGNER_GRPO_PATH:-} ]]; then
         echo "test.sh: against the branch in $NEMO_ALIGNER_GRPO_PATH" >&2
-        run_pinned "${pinned[@]}" || status=$?
+        run_promised $promise "${pinned[@]}" || status=$?
     else
         echo "test.sh: NEMO_ALIGNER_GRPO_PATH is not set, the branch is not tested" >&2
+    fi
+fi
+choose_host_arguments tests/nemo_rl "$@"
+if ((${#host_arguments[@]} > 0)); then
+    if [[ -n ${NEMO_RL_SRC:-} ]]; then
+        setup_venv nemo_rl
+        echo "test.sh: against NeMo-RL in $NEMO_RL_SRC" >&2
+        run_promised NEMO_APO_NEMO_RL_PINS "$VENV/bin/python" -m pytest "${host_arguments[@]}" ||
+            status=$?
+    else
+        echo "test.sh: NEMO_RL_SRC is not set, NeMo-RL itself is not tested" >&2
     fi
 fi
 if ((status == 0 && ${#failed[@]} > 0)); then

@@ -17,7 +17,7 @@ class InterfaceMismatch(ImportError):
 
 @dataclass(frozen=True)
 class Needed:
-    """One callable of the host: where it is, and parameters that it must accept by name."""
+    """One name of the host: where it is, and parameters that it must accept by name."""
 
     module: str
     path: str
@@ -65,6 +65,8 @@ def _problem(need: Needed) -> str:
         if not hasattr(found, part):
             return f"{need.module}.{need.path} does not exist"
         found = getattr(found, part)
+    if not need.parameters:
+        return ""
     parameters = inspect.signature(found).parameters
     lost = [name for name in need.parameters if name not in parameters]
     return f"{need.module}.{need.path} has no parameter {', '.join(lost)}" if lost else ""

@@ -18,9 +18,9 @@ from nemo_apo.plugin.bookkeeping import TrainingStopped
 from nemo_apo.plugin.rollout import RolloutError
 from tests.aligner import whole_group_loss as oracle
 
+from .coupled import ALPHA, COUPLED
 from .small_host import GROUP, LR, Batch, Cut, Session, logprobs_of, rollout
 
-TAU, BETA_R, ALPHA = 0.24, 0.3, 0.6
 FIXED = {"schedule": {"name": "fixed", "alpha": ALPHA}}
 CUTS = {
     "one piece": Cut(),
@@ -36,43 +36,6 @@ def settings(name: str, **sections: Any) -> dict[str, Any]:
 
 def loss_of(session: Session) -> ApoLoss:
     return ApoLoss(session.run.settings.objective, session.run.settings.regularizers)
-
-
-def _u(new: Tensor, old: Tensor, mask: Tensor) -> Tensor:
-    return ((new - old) * mask).sum(dim=1).view(-1, GROUP) / TAU
-
-
-def _apo(new: Tensor, old: Tensor, mask: Tensor, a: Tensor) -> Tensor:
-    return oracle.alpha_loss(_u(new, old, mask), a, ALPHA, BETA_R)
-
-
-def _grpo(new: Tensor, old: Tensor, mask: Tensor, a: Tensor) -> Tensor:
-    weights = 1.0 / (mask.sum(dim=1, keepdim=True) * a.numel())
-    return oracle.clipped_ratio_loss(new, old, mask, a.reshape(-1), weights, clip=0.2)
-
-
-def _dapo(new: Tensor, old: Tensor, mask: Tensor, a: Tensor) -> Tensor:
-    per_group = mask.view(len(a), -1).sum(dim=1).repeat_interleave(GROUP)[:, None]
-    weights = 1.0 / (len(a) * per_group)
-    return oracle.clipped_ratio_loss(new, old, mask, a.reshape(-1), weights, 0.2, clip_high=0.28)
-
-
-def _gspo(new: Tensor, old: Tensor, mask: Tensor, a: Tensor) -> Tensor:
-    change = ((new - old) * mask).sum(dim=1).view(-1, GROUP)
-    return oracle.sequence_ratio_loss(change, mask.sum(dim=1).view(-1, GROUP), a, 0.03, 0.04)
-
-
-COUPLED: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
-    "apo": _apo,
-    "adpo_softmax": lambda new, old, mask, a: oracle.softmax_loss(_u(new, old, mask), a, BETA_R),
-    "adpo_plackett_luce": lambda new, old, mask, a: oracle.plackett_luce_loss(
-        _u(new, old, mask), a
-    ),
-    "adpo_pairwise": lambda new, old, mask, a: oracle.pairwise_loss(_u(new, old, mask), a),
-    "grpo": _grpo,
-    "dapo": _dapo,
-    "gspo": _gspo,
-}
 
 
 def coupled_gradients(
@@ -245,7 +208,7 @@ def test_a_group_dropped_from_a_later_optimizer_step_shifts_nothing() -> None:
     data["sample_mask"][9] = 0.0
     session = Session(settings("apo"))
     session.train(data, rewards, loss_of(session))
-    both = coupled_gradients(data, rewards, 8, _apo)
+    both = coupled_gradients(data, rewards, 8, COUPLED["apo"])
     kept = torch.tensor([*range(8), *range(12, 16)])
     alone = Batch({name: column[kept] for name, column in data.items()})
     first, second = session.policy.gradients
@@ -255,7 +218,7 @@ def test_a_group_dropped_from_a_later_optimizer_step_shifts_nothing() -> None:
     mask = alone["token_mask"][8:, 1:].double()
     old = logprobs_of(torch.zeros(7, 7, dtype=torch.float64), alone["input_ids"][8:])[:, 1:]
     new = logprobs_of(leaf, alone["input_ids"][8:])[:, 1:]
-    _apo(new, old, mask, oracle.zscore(rewards[12:].double().view(-1, GROUP))).backward()
+    COUPLED["apo"](new, old, mask, oracle.zscore(rewards[12:].double().view(-1, GROUP))).backward()
     assert torch.allclose(second, leaf.grad, rtol=1e-7, atol=1e-12)
 
 
@@ -355,7 +318,7 @@ def test_the_reference_anchors_where_it_is_asked_for() -> None:
     new = logprobs_of(leaf, data["input_ids"])[:, 1:]
     mask = data["token_mask"][:, 1:].double()
     advantages = oracle.zscore(rewards.double().view(-1, GROUP))
-    _apo(new, reference[:, 1:], mask, advantages).backward()
+    COUPLED["apo"](new, reference[:, 1:], mask, advantages).backward()
     assert torch.allclose(session.policy.gradients[0], leaf.grad, rtol=1e-7, atol=1e-12)
 
 
