@@ -3,6 +3,8 @@
 #
 #   scripts/test.sh [pytest arguments]     such as -m 'not slow' or tests/core
 #
+# NPROC processes (default 2) share the tests out by file; --pdb and -s need NPROC=1.
+#
 # Two runs: all tests but those that need a host in .venv, and those marked "pinned", which need
 # NeMo-Aligner, in .venv-aligner. The second is left out where the arguments name other tests only.
 # Two more where a checkout is named:
@@ -53,8 +55,11 @@ failed=()
 "$VENV/bin/mypy" --no-error-summary || failed+=("mypy")
 ((${#failed[@]} == 0)) || printf 'test.sh: %s failed, see above\n' "${failed[@]}" >&2
 
+# In the order of collection: files with few and long tests would come last otherwise.
+processes=(-n "${NPROC:-2}" --dist loadfile --no-loadscope-reorder)
+[[ ${NPROC:-2} != 1 ]] || processes=()
 status=0
-"$VENV/bin/python" -m pytest "$@" || status=$?
+"$VENV/bin/python" -m pytest "${processes[@]}" "$@" || status=$?
 choose_host_arguments tests/aligner "$@"
 if ((${#host_arguments[@]} > 0)); then
     setup_venv aligner
