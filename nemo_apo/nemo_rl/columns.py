@@ -23,6 +23,7 @@ ADVANTAGES = "advantages"
 SAMPLER_LOGPROBS = "generation_logprobs"
 OLD_LOGPROBS = "prev_logprobs"
 REFERENCE_LOGPROBS = "reference_policy_logprobs"
+ROUTED_EXPERTS = "routed_experts"
 
 
 def targets(column_BS: Tensor) -> Tensor:

@@ -11,7 +11,9 @@ from typing import Any
 
 from nemo_apo.compose.schema import assigned, shown, suggestion
 from nemo_apo.config import ConfigError, require
+from nemo_apo.core.alpha_schedule import GuardedSchedule
 from nemo_apo.core.objectives.anchored import uses_stale_logprobs
+from nemo_apo.core.temperature import AdaptiveTemperature
 from nemo_apo.plugin.settings import ApoSettings
 
 GROUP_SIZE = "grpo.num_generations_per_prompt"
@@ -22,12 +24,12 @@ STEPS, EPOCHS = "grpo.max_num_steps", "grpo.max_num_epochs"
 RESPONSE_LENGTH = "policy.generation.max_new_tokens"
 REFERENCE = "loss_fn.reference_policy_kl_penalty"
 
-# The switch of the Megatron workers' log-probs without logits on main, and on 0.7.0.
-FUSED = (
-    "policy.megatron_cfg.use_fused_linear_logprobs",
-    "policy.megatron_cfg.use_linear_ce_fusion_loss",
-)
+# The switch of the Megatron workers' log-probs without logits.
+FUSED = "policy.megatron_cfg.use_fused_linear_logprobs"
 TEMPERATURE, PACKING = "policy.generation.temperature", "policy.sequence_packing.enabled"
+DYNAMIC_SAMPLING = "grpo.use_dynamic_sampling"
+# For a key that is not written.
+_NOWHERE = object()
 
 # The host's loss with its default values, and where its keys are said instead ("" is nowhere).
 # Nothing reads them: the values of the host's examples may stay, others would be ignored.
@@ -109,6 +111,20 @@ RULES = (
     Rule("on_policy_distillation.enabled", (False,), False, "replaces rewards by a teacher's"),
     Rule("policy.draft.enabled", (False,), False, _OTHER_LOSS),
     Rule("policy.megatron_cfg.mtp_num_layers", (0, None), 0, _OTHER_LOSS),
+    Rule(
+        "grpo.calculate_advantages_on_gpu",
+        (False,),
+        False,
+        "group means from two devices differ in their last bits, and equal rewards would not stay "
+        "equal",
+    ),
+    Rule(
+        "policy.megatron_cfg.use_linear_ce_fusion_loss",
+        (False,),
+        False,
+        "0.7.0 has this for other trainers than GRPO, and main under another name "
+        "(use_fused_linear_logprobs)",
+    ),
     Rule(TEMPERATURE, (1.0,), 1.0, _PLAIN),
     Rule("policy.generation.top_p", (1.0, None), 1.0, _PLAIN),
     Rule("policy.generation.top_k", (None, -1, 0), None, _PLAIN),
@@ -129,6 +145,23 @@ def check(config: Mapping[str, Any], settings: ApoSettings) -> None:
     _check_reference(config, settings)
     _check_sizes(config)
     _check_settings(settings)
+    if value_of(config, DYNAMIC_SAMPLING, False):
+        _check_selected(settings)
+
+
+def _check_selected(settings: ApoSettings) -> None:
+    """With dynamic sampling only groups of unequal rewards are seen, chosen for their spread."""
+    because = f"with {DYNAMIC_SAMPLING}: "
+    rule = because + "must be ess, linear, cosine or fixed; the mean reward of groups that were "
+    rule += "chosen for their spread hides the improvement that this schedule waits for"
+    guarded = settings.objective.uses_alpha and isinstance(settings.schedule, GuardedSchedule)
+    require(not guarded, "apo.schedule.name", "guarded", rule)
+    rule = because + "must not be raw; a prompt that comes twice shifts the rewards of its groups"
+    advantages = settings.objective.advantages
+    require(advantages != "raw", "apo.objective.advantages", advantages, rule)
+    rule = because + "must be fixed; it would look at the rewards of groups chosen for their spread"
+    adapts = settings.objective.uses_anchor and isinstance(settings.tau, AdaptiveTemperature)
+    require(not adapts, "apo.tau.name", "adaptive", rule)
 
 
 def _check_settings(settings: ApoSettings) -> None:
@@ -139,12 +172,15 @@ def _check_settings(settings: ApoSettings) -> None:
     rule = "must be forward: workers do not tell the sequence log-probs that an update has seen"
     stale = uses_stale_logprobs(settings.objective)
     require(not stale, "apo.objective.refresh", "stale", rule)
+    rule = f"must be old: {settings.objective.name} has no anchor, so nothing would read it"
+    unread = settings.anchor.name != "old" and not settings.objective.uses_anchor
+    require(not unread, "apo.anchor.name", settings.anchor.name, rule)
 
 
 def has_fused_linear_logprobs(config: Mapping[str, Any]) -> bool:
     """Whether the workers hand the loss log-probs that never were logits."""
     enabled = value_of(config, "policy.megatron_cfg.enabled", False)
-    return bool(enabled and any(value_of(config, key, False) for key in FUSED))
+    return bool(enabled and value_of(config, FUSED, False))
 
 
 def value_of(config: Mapping[str, Any], key: str, absent: Any = None) -> Any:
@@ -171,7 +207,7 @@ def _check_fused(config: Mapping[str, Any]) -> None:
     if not has_fused_linear_logprobs(config):
         return
     temperature, packed = value_of(config, TEMPERATURE, 1.0), value_of(config, PACKING, False)
-    rule = f"must be 1.0 with {FUSED[0].rpartition('.')[2]}: that path divides log-probs by it, "
+    rule = f"must be 1.0 with {FUSED.rpartition('.')[2]}: that path divides log-probs by it, "
     rule += "not logits"
     require(temperature == 1.0, TEMPERATURE, shown(temperature), rule)
     rule = "must be false with fused linear log-probs: that path would mix the sequences of a pack"
@@ -179,11 +215,15 @@ def _check_fused(config: Mapping[str, Any]) -> None:
 
 
 def _check_rule(config: Mapping[str, Any], rule: Rule) -> None:
-    value = value_of(config, rule.key, rule.absent)
+    written = value_of(config, rule.key, _NOWHERE)
+    value = rule.absent if written is _NOWHERE else written
     choices = " or ".join(shown(choice) for choice in rule.allowed)
     # Not by ``in`` alone, for which 1 and true are the same.
     fits = any(value == choice and _kind(value) == _kind(choice) for choice in rule.allowed)
-    require(fits, rule.key, shown(value), f"must be {choices}: {rule.reason}")
+    text = f"must be {choices}: {rule.reason}"
+    if written is _NOWHERE:
+        text = f"is what a version of the host takes where nothing is written; {text}"
+    require(fits, rule.key, shown(value), text)
 
 
 def _check_loss(loss: Mapping[str, Any]) -> None:
@@ -229,7 +269,9 @@ def _check_sizes(config: Mapping[str, Any]) -> None:
     for key in (GROUP_SIZE, PROMPTS, BATCH_SIZE, STEPS, EPOCHS, RESPONSE_LENGTH):
         value = value_of(config, key)
         fits = type(value) is int and value >= 1
-        require(fits, key, shown(value), "must be a whole number of at least 1")
+        rule = "must be a whole number of at least 1"
+        rule += ", written out" if value is None else ""
+        require(fits, key, shown(value), rule)
     size, batch_size = value_of(config, GROUP_SIZE), value_of(config, BATCH_SIZE)
     rollout = value_of(config, PROMPTS) * size
     require(size >= 2, GROUP_SIZE, size, "a group needs at least 2")

@@ -50,9 +50,7 @@ class ApoLoss:
         assert regularizers.entropy_coef == 0.0, "to be refused before a run starts"
         self.objective = objective
         self.regularizers = regularizers
-        # The name on main, and that of v0.7.0.
         self.use_fused_linear_logprobs = fused_linear_logprobs
-        self.use_linear_ce_fusion = fused_linear_logprobs
 
     @property
     def loss_type(self) -> Any:

@@ -56,6 +56,8 @@ def joined(
         if name in together:
             together[name] = sum(result[name] for result in results)
     metrics = _micro_batch_metrics([result["all_mb_metrics"] for result in results])
+    # The host takes its loss from here, too, if there is one.
+    metrics["loss"] = [loss]
     metrics |= {logged_name(name): [float(value)] for name, value in ours.items()}
     return together | {
         "loss": torch.tensor([loss]),

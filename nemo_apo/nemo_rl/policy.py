@@ -35,8 +35,15 @@ from nemo_apo.plugin.settled import SettledRollout, settle_rollout_steps, spread
 from nemo_apo.plugin.state import ApoState
 from nemo_apo.step_metrics import Stopwatch, Tally, UpdateFigures
 
-# What a forward pass without gradient takes of a batch.
-_READ = (columns.TOKENS, columns.LENGTHS, columns.TOKEN_MASK, columns.SAMPLE_MASK)
+# What a forward pass without gradient takes of a batch; the last, where the host replays the
+# experts that its sampler chose.
+_READ = (
+    columns.TOKENS,
+    columns.LENGTHS,
+    columns.TOKEN_MASK,
+    columns.SAMPLE_MASK,
+    columns.ROUTED_EXPERTS,
+)
 
 
 @dataclass(frozen=True)
@@ -210,7 +217,7 @@ class ApoPolicyMixin:
 
     def _current_sums(self, step: "_OptimizerStep") -> Tensor:
         """Sequence log-probs of a global batch under the policy as it stands, [M] float64."""
-        read = type(step.data)({name: step.data[name] for name in _READ})
+        read = type(step.data)({name: step.data[name] for name in _READ if name in step.data})
         read.update(step.data.get_multimodal_dict(as_tensors=False))
         self.prepare_for_lp_inference()  # type: ignore[attr-defined]
         logprobs_MS = self.get_logprobs(read)["logprobs"]  # type: ignore[attr-defined]

@@ -17,7 +17,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nemo_apo.compose.files import conf_dir
 from nemo_apo.compose.schema import first_line, suggestion
-from nemo_apo.config import ConfigError
+from nemo_apo.config import ConfigError, unread_sections
+from nemo_apo.core.objectives import Objective
 from nemo_apo.nemo_rl.settings import BLOCK, SHIPPED
 
 _DEFAULTS = "defaults"
@@ -51,6 +52,24 @@ def compose(file: str, overrides: Sequence[str], host: Path) -> dict[str, Any]:
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or file
         raise ConfigError(f"{key}: {first_line(error)}") from None
+
+
+def check_read(overrides: Sequence[str], objective: Objective) -> None:
+    """Refuse an override of a section of ``apo`` that the objective never reads.
+
+    Raises:
+        ConfigError: naming the override.
+    """
+    unread = unread_sections(objective)
+    for override in overrides:
+        found = _OF_APO.match(override)
+        section = (found[2] or "").split(".")[1:2] if found else []
+        if unread.intersection(section):
+            lacks = "alpha" if section == ["schedule"] else "anchor"
+            raise ConfigError(
+                f"{override}: {objective.name} has no {lacks}, so nothing would read it; leave it "
+                "out or choose another apo.objective.name"
+            )
 
 
 def recipe_path(file: str) -> Path:

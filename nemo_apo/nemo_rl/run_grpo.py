@@ -47,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         host = Path(asked.nemo_rl) if asked.nemo_rl else host_folder()
         config = recipes.compose(asked.config, asked.overrides, host)
         settings = check(config)
+        recipes.check_read(asked.overrides, settings.objective)
         if asked.check:
             print(summary(config, settings))
             return

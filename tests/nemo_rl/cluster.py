@@ -29,6 +29,8 @@ _IN_EVERY_PROCESS = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     # Ray would make a token and keep it in the home folder.
     "RAY_AUTH_TOKEN": secrets.token_hex(16),
+    # The driver has nothing to do but wait for them.
+    "RAY_worker_niceness": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "TENSORBOARD_NO_TF": "1",
     "TOKENIZERS_PARALLELISM": "false",

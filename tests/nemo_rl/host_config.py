@@ -8,7 +8,7 @@ EXAMPLE = "examples/configs/grpo_math_1B.yaml"
 WORKERS = 2
 GROUP_SIZE = 4
 MAX_NEW_TOKENS = 6
-LR = 0.5
+LR = 0.01
 
 # What the example asks of GPUs, and what APO asks of the example.
 _CHANGES = f"""
@@ -40,6 +40,15 @@ DYNAMIC_BATCHING = (
     "policy.dynamic_batching.train_mb_tokens=32",
     "policy.dynamic_batching.logprob_mb_tokens=32",
     "policy.dynamic_batching.sequence_length_round=4",
+)
+
+
+# Sequences of at most 16 tokens: two or more in a pack, and packs of different numbers.
+SEQUENCE_PACKING = (
+    "policy.sequence_packing.enabled=true",
+    "policy.sequence_packing.train_mb_tokens=40",
+    "policy.sequence_packing.logprob_mb_tokens=40",
+    "policy.sequence_packing.sequence_length_round=4",
 )
 
 

@@ -22,6 +22,7 @@ from tests.nemo_rl.host_session import (
     largest_gap,
     made_rollout,
     open_session,
+    read,
 )
 
 pytestmark = [
@@ -30,7 +31,9 @@ pytestmark = [
 ]
 
 FIXED = {"schedule": {"name": "fixed", "alpha": ALPHA}}
-TOLERANCE = 1e-6
+# Of the largest gradient. Coefficients of later steps are read from log-probs of whole sequences in
+# float32, whose change since the rollout is divided by tau.
+TOLERANCE, TOLERANCE_OF_LATER_STEPS = 1e-6, 1e-5
 
 
 def spread_groups(count: int) -> list[int]:
@@ -43,12 +46,13 @@ def session_of(workers: Any, objective: str = "apo") -> Session:
 
 
 def expect_same(found: list[Named], exact: list[Named]) -> None:
-    """The gradients of every optimizer step, compared with the largest of their numbers."""
-    assert len(found) == len(exact)
-    for one, other in zip(found, exact, strict=True):
-        scale = max(float(gradient.abs().max()) for gradient in other.values())
-        assert scale > 1e-3, "nothing to compare"
-        assert largest_gap(one, other) < TOLERANCE * max(scale, 1.0)
+    """The gradients of every optimizer step."""
+    tolerances = [TOLERANCE, *[TOLERANCE_OF_LATER_STEPS] * (len(exact) - 1)]
+    gaps = [largest_gap(one, other) for one, other in zip(found, exact, strict=True)]
+    scales = [max(float(part.abs().max()) for part in one.values()) for one in exact]
+    assert min(scales) > 1e-2, "nothing to compare"
+    relative = [gap / scale for gap, scale in zip(gaps, scales, strict=True)]
+    assert all(one < most for one, most in zip(relative, tolerances, strict=True)), relative
 
 
 @pytest.mark.parametrize("objective", COUPLED)
@@ -59,10 +63,11 @@ def test_two_optimizer_steps_of_a_rollout(workers: Any, model: str, objective: s
     found, exact = session.train(rollout), plain.train(rollout, COUPLED[objective])
     assert len(found) == 2
     expect_same(found, exact)
-    assert largest_gap(workers.weights(), dict(plain.model.named_parameters())) < TOLERANCE
+    weights = {name: weight.detach() for name, weight in plain.model.named_parameters()}
+    assert largest_gap(workers.weights(), weights) < TOLERANCE
 
 
-@pytest.fixture(params=["shuffled", "dynamic batches", "single sequences", "shuffled dynamic"])
+@pytest.fixture(params=["shuffled", "dynamic batches", "shuffled, single sequences"])
 def cut(workers: Any, request: pytest.FixtureRequest) -> Iterator[Any]:
     """The workers, cutting optimizer steps in another way."""
     if "shuffled" in request.param:
@@ -81,6 +86,19 @@ def test_however_an_optimizer_step_is_cut(cut: Any, model: str, objective: str) 
     rollout = made_rollout(seed=2)
     plain = PlainModel(model, LR)
     expect_same(session_of(cut, objective).train(rollout), plain.train(rollout, COUPLED[objective]))
+
+
+@pytest.mark.parametrize("order", [None, spread_groups], ids=["in order", "shuffled"])
+@pytest.mark.parametrize("objective", ["apo", "adpo_pairwise", "dapo"])
+def test_packed_sequences(packing_workers: Any, model: str, objective: str, order: Any) -> None:
+    """Log-probs, refresh and training all read packs."""
+    rollout = made_rollout(seed=6)
+    packing_workers.order = order
+    session, plain = session_of(packing_workers, objective), PlainModel(model, LR)
+    exact = plain.logprobs(rollout.tokens).detach()
+    found = read(packing_workers, rollout)[:, 1:].double()
+    assert float(((found - exact) * rollout.mask).abs().max()) < TOLERANCE
+    expect_same(session.train(rollout), plain.train(rollout, COUPLED[objective]))
 
 
 def test_log_probs_that_were_not_refreshed_would_show(workers: Any, model: str) -> None:

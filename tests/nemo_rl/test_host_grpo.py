@@ -43,6 +43,7 @@ def test_alpha_moves_and_is_logged_under_the_hosts_name(ran: host_run.Ran) -> No
 
 def test_figures_agree_with_the_hosts_own(ran: host_run.Ran) -> None:
     assert ran.logged("train/apo/reward_mean") == pytest.approx(ran.logged("train/reward"))
+    assert ran.logged("train/loss") == pytest.approx(ran.logged("train/apo/objective"))
     for name in ("loss", "grad_norm", "gen_kl_error", "token_mult_prob_error"):
         values = ran.logged(f"train/{name}")
         assert len(values) == STEPS

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.nemo_rl import host_config, host_session, tiny_model
+from tests.nemo_rl.host_config import LR
 from tests.nemo_rl.host_session import PlainModel, largest_gap, made_rollout, training_data
 
 pytestmark = pytest.mark.nemo_rl
@@ -42,7 +43,7 @@ def test_the_hosts_own_loss_trains(workers: Any, model: str) -> None:
     workers.prepare_for_training()
     result = workers.train(data, ClippedPGLossFn(ClippedPGLossConfig()))
 
-    plain = PlainModel(model, lr=0.5)
+    plain = PlainModel(model, LR)
     gains = (plain.logprobs(rollout.tokens) * data["advantages"][:, 1:] * rollout.mask).sum()
     [exact] = [plain.step(-gains / rollout.mask.sum())]
     [found] = workers.gradients()

@@ -57,6 +57,7 @@ BROKEN: list[tuple[str, Any, str]] = [
     (GRPO + "advantage_clip_high", 5.0, "advantage_clip_high=5.0: must be null: changes adv"),
     (GRPO + "invalid_tool_call_advantage", -5.0, "invalid_tool_call_advantage=-5.0: must be null"),
     (GRPO + "malformed_thinking_advantage", 0.0, "malformed_thinking_advantage=0.0: must be null"),
+    (GRPO + "calculate_advantages_on_gpu", True, "on_gpu=true: must be false: group means from"),
     # the host's loss
     (LOSS + "reference_policy_kl_penalty", 0.01, "penalty=0.01: must be 0 with apo.regularizers"),
     (LOSS + "reference_policy_kl_type", "k1", "type=k1: is not read .* apo.regularizers.kl_est"),
@@ -87,6 +88,7 @@ BROKEN: list[tuple[str, Any, str]] = [
     ("data_plane.enabled", True, "data_plane.enabled=true: must be false: takes a policy class"),
     ("on_policy_distillation", {"enabled": True}, "on_policy_distillation.enabled=true: must be"),
     (POLICY + "draft.enabled", True, "policy.draft.enabled=true: must be false: adds a loss"),
+    (POLICY + "megatron_cfg.use_linear_ce_fusion_loss", True, "loss=true: must be false: 0.7.0"),
     (POLICY + "megatron_cfg.mtp_num_layers", 1, "mtp_num_layers=1: must be 0 or null: adds a"),
     # sampling
     (GENERATION + "temperature", 0.7, "generation.temperature=0.7: must be 1.0: the log-probs"),
@@ -126,7 +128,6 @@ def test_every_rule_is_broken_by_some_test() -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {GRPO + "use_dynamic_sampling": True, GRPO + "batch_multiplier": 2},
         {GRPO + "overlong_filtering": True, GRPO + "seq_logprob_error_threshold": 2.0},
         {GRPO + "max_rollout_turns": 3},
         {POLICY + "train_global_batch_size": 128},
@@ -183,8 +184,8 @@ def test_a_reference_is_loaded_where_it_is_read() -> None:
     check(**{SKIP: True})
 
 
-@pytest.mark.parametrize("switch", host_rules.FUSED)
-def test_log_probs_without_logits(switch: str) -> None:
+def test_log_probs_without_logits() -> None:
+    switch = host_rules.FUSED
     fused = {switch: True, POLICY + "megatron_cfg.enabled": True}
     check(**fused)
     assert host_rules.has_fused_linear_logprobs(resolved(**fused))
@@ -210,6 +211,37 @@ def test_an_entropy_bonus_is_refused() -> None:
     assert message == (
         "apo.regularizers.entropy_coef=0.1: must be 0: the host hands its losses no entropy"
     )
+
+
+def test_an_anchor_that_nothing_reads_is_refused() -> None:
+    apo = {"objective": {"name": "grpo"}, **REFERENCE}
+    assert refusal(apo, **{PENALTY: 1.0}).startswith(
+        "apo.anchor.name=reference: must be old: grpo has no anchor"
+    )
+
+
+@pytest.mark.parametrize(
+    ("apo", "said"),
+    [
+        ({}, "apo.schedule.name=guarded: with grpo.use_dynamic_sampling: must be ess, linear"),
+        ({"objective": {"name": "grpo", "advantages": "raw"}}, "advantages=raw: with grpo.use"),
+        (
+            {"objective": {"name": "adpo_softmax"}, "tau": {"name": "adaptive"}},
+            "apo.tau.name=adaptive: with grpo.use_dynamic_sampling: must be fixed",
+        ),
+    ],
+)
+def test_what_would_look_at_rewards_of_selected_groups_is_refused(
+    apo: dict[str, Any], said: str
+) -> None:
+    assert said in refusal(apo, **{host_rules.DYNAMIC_SAMPLING: True})
+    check(apo)
+
+
+@pytest.mark.parametrize("name", ["ess", "linear", "cosine", "fixed"])
+def test_other_schedules_go_with_dynamic_sampling(name: str) -> None:
+    check({"schedule": {"name": name}}, **{host_rules.DYNAMIC_SAMPLING: True})
+    check({"objective": {"name": "gspo"}}, **{host_rules.DYNAMIC_SAMPLING: True})
 
 
 def test_stale_coefficients_are_refused() -> None:

@@ -78,6 +78,18 @@ def test_the_refresh_reads_in_inference_mode_and_only_where_it_is_needed() -> No
         assert session.policy.read_modes == reads, "the first read is the host's own"
 
 
+def test_the_refresh_replays_the_experts_that_the_sampler_chose() -> None:
+    data, rewards = rollout(seed=2)
+    session = Session(settings("apo"))
+    given = session.given(data, rewards)
+    given["routed_experts"] = torch.arange(data.size)
+    seen: list[Batch] = []
+    read = session.policy.get_logprobs
+    session.policy.get_logprobs = lambda batch: seen.append(batch) or read(batch)
+    session.policy.train(given, loss_of(session))
+    assert [batch["routed_experts"].tolist() for batch in seen] == [[*range(8, 16)]]
+
+
 def test_another_loss_is_trained_as_ever() -> None:
     data, rewards = rollout(seed=3)
     session = Session(FIXED)
@@ -104,8 +116,9 @@ def test_figures_of_several_calls_are_joined_as_the_host_reads_them() -> None:
         {"all_mb_metrics": {"loss": [1.0, 2.0], "lr": [0.5], "probs_ratio_max": [3.0]}},
         {"all_mb_metrics": {"loss": [4.0], "lr": [0.25], "probs_ratio_max": [7.0]}},
     ]
-    metrics = joined(calls, {}, loss=1.0, grad_norm=1.0)["all_mb_metrics"]
-    assert metrics == {"loss": [0.5, 1.0, 2.0], "lr": [0.5, 0.25], "probs_ratio_max": [3.0, 7.0]}
+    metrics = joined(calls, {}, loss=-3.0, grad_norm=1.0)["all_mb_metrics"]
+    # The host overwrites the loss with this list, so it must be ours, too.
+    assert metrics == {"loss": [-3.0], "lr": [0.5, 0.25], "probs_ratio_max": [3.0, 7.0]}
 
 
 def test_metrics_have_the_hosts_names_and_are_means_over_the_optimizer_steps() -> None:

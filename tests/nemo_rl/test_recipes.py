@@ -8,6 +8,7 @@ import pytest
 from nemo_apo.compose import compose as compose_experiment
 from nemo_apo.compose.files import conf_dir
 from nemo_apo.config import Config, ConfigError
+from nemo_apo.core.objectives import OBJECTIVES
 from nemo_apo.nemo_rl import recipes, run_grpo
 from nemo_apo.nemo_rl.settings import BLOCK
 from tests.nemo_rl import example_host
@@ -198,6 +199,27 @@ def test_what_is_wrong_with_a_file(text: str, said: str, host: Path, tmp_path: P
     with pytest.raises(ConfigError, match=said) as error:
         composed(host, str(tmp_path / "mine.yaml"))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("objective", "override", "lacks"),
+    [
+        ("grpo", "apo.schedule.alpha_min=0.4", "alpha"),
+        ("adpo_softmax", "+apo.schedule.name=ess", "alpha"),
+        ("gspo", "++apo.tau.base=0.4", "anchor"),
+        ("gspo", "apo.anchor={name: old}", "anchor"),
+    ],
+)
+def test_an_override_that_nothing_would_read(objective: str, override: str, lacks: str) -> None:
+    with pytest.raises(ConfigError, match=f"{objective} has no {lacks}") as error:
+        recipes.check_read(["grpo.seed=1", override], OBJECTIVES[objective])
+    assert str(error.value).startswith(override)
+
+
+def test_overrides_that_are_read() -> None:
+    read = ["apo.tau.base=0.4", "apo.objective.beta_r=0.1", "apo.resume.without_state=fresh"]
+    recipes.check_read([*read, "grpo.schedule=1"], OBJECTIVES["adpo_softmax"])
+    recipes.check_read(["apo.schedule.alpha_min=0.4"], OBJECTIVES["apo"])
 
 
 def test_a_name_that_is_no_recipe(host: Path) -> None:
