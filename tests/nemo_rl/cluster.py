@@ -53,6 +53,7 @@ def running_ray() -> Iterator[None]:
         # Sockets are made below it, and their paths may not be long.
         with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as folder, cpu_host.in_driver():
             ray.init(
+                address="local",
                 num_cpus=_CPU_SLOTS,
                 num_gpus=_GPU_SLOTS,
                 include_dashboard=False,

@@ -81,7 +81,7 @@ def cut(workers: Any, request: pytest.FixtureRequest) -> Iterator[Any]:
     workers.use_dynamic_batching(False)
 
 
-@pytest.mark.parametrize("objective", ["apo", "adpo_pairwise", "dapo"])
+@pytest.mark.parametrize("objective", ["apo", "dapo"])
 def test_however_an_optimizer_step_is_cut(cut: Any, model: str, objective: str) -> None:
     rollout = made_rollout(seed=2)
     plain = PlainModel(model, LR)
