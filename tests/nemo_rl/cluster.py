@@ -52,7 +52,7 @@ def running_ray() -> Iterator[None]:
         _run_every_actor_here()
         # Sockets are made below it, and their paths may not be long.
         with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as folder, cpu_host.in_driver():
-            ray.init(
+            started = ray.init(
                 address="local",
                 num_cpus=_CPU_SLOTS,
                 num_gpus=_GPU_SLOTS,
@@ -65,6 +65,8 @@ def running_ray() -> Iterator[None]:
                 },
                 _temp_dir=folder,
             )
+            # The host asks for it by what the environment says, and fails if there are several.
+            patch.setenv("RAY_ADDRESS", started.address_info["gcs_address"])
             try:
                 yield
             finally:
