@@ -12,7 +12,8 @@
 #   NEMO_RL_SRC=<NeMo-RL, main or v0.7.0>   the tests marked "nemo_rl" against it, in .venv-nemo_rl
 #
 # tests/slurm start a real Slurm on this machine: they need slurm-wlm, munge, libslurm-dev and a C
-# compiler, or CI=1 and root to install them, and are skipped with the reason otherwise.
+# compiler, or CI=1 and root to install them; some need CI=1 and root anyway, for network namespaces.
+# They are skipped with the reason otherwise.
 #
 # The status is that of the tests, or 1 if they pass and another check does not.
 set -euo pipefail

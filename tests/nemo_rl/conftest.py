@@ -73,3 +73,18 @@ def workers(request: pytest.FixtureRequest, host_ray: None, model: str) -> Itera
         policy.first_weights = policy.weights()
         policy.use_dynamic_batching(False)
         yield policy
+
+
+@pytest.fixture(scope="module")
+def packing_workers(host_ray: None, model: str) -> Iterator[Any]:
+    """The same, packing sequences; the second kind of worker packs with flash attention alone."""
+    from nemo_rl.models.policy.lm_policy import Policy
+
+    from tests.nemo_rl import cluster, host_config
+    from tests.nemo_rl.host_session import apo_policy_class
+
+    overrides = [*host_config.backend(1), *host_config.SEQUENCE_PACKING]
+    config = host_config.master_config(model, *overrides)
+    with cluster.policy(config, apo_policy_class(Policy)) as policy:
+        policy.first_weights = policy.weights()
+        yield policy

@@ -66,6 +66,24 @@ def install_in_worker() -> None:
     _use_cpu_autocast()
 
 
+@functools.cache
+def attend_without_flash() -> None:
+    """Packs of sequences are made for flash attention, which is not on CPUs.
+
+    Torch's own tells the sequences of a pack apart, too, by positions that begin anew.
+    """
+    from transformers import AutoConfig
+
+    read = AutoConfig.from_pretrained
+
+    def read_for_cpu(*args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("attn_implementation") == "flash_attention_2":
+            kwargs["attn_implementation"] = "sdpa"
+        return read(*args, **kwargs)
+
+    AutoConfig.from_pretrained = read_for_cpu  # type: ignore[method-assign]
+
+
 def _is_cuda(device: Any) -> bool:
     """Whether a device is CUDA's: an index, a name or a ``torch.device``."""
     if isinstance(device, torch.device):

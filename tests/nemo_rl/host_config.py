@@ -43,6 +43,15 @@ DYNAMIC_BATCHING = (
 )
 
 
+# Sequences of at most 16 tokens: two or more in a pack, and packs of different numbers.
+SEQUENCE_PACKING = (
+    "policy.sequence_packing.enabled=true",
+    "policy.sequence_packing.train_mb_tokens=40",
+    "policy.sequence_packing.logprob_mb_tokens=40",
+    "policy.sequence_packing.sequence_length_round=4",
+)
+
+
 def backend(version: int) -> list[str]:
     """The overrides that choose the first or the second kind of DTensor worker."""
     if version == 1:

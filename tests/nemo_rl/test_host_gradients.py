@@ -22,6 +22,7 @@ from tests.nemo_rl.host_session import (
     largest_gap,
     made_rollout,
     open_session,
+    read,
 )
 
 pytestmark = [
@@ -85,6 +86,19 @@ def test_however_an_optimizer_step_is_cut(cut: Any, model: str, objective: str) 
     rollout = made_rollout(seed=2)
     plain = PlainModel(model, LR)
     expect_same(session_of(cut, objective).train(rollout), plain.train(rollout, COUPLED[objective]))
+
+
+@pytest.mark.parametrize("order", [None, spread_groups], ids=["in order", "shuffled"])
+@pytest.mark.parametrize("objective", ["apo", "adpo_pairwise", "dapo"])
+def test_packed_sequences(packing_workers: Any, model: str, objective: str, order: Any) -> None:
+    """Log-probs, refresh and training all read packs."""
+    rollout = made_rollout(seed=6)
+    packing_workers.order = order
+    session, plain = session_of(packing_workers, objective), PlainModel(model, LR)
+    exact = plain.logprobs(rollout.tokens).detach()
+    found = read(packing_workers, rollout)[:, 1:].double()
+    assert float(((found - exact) * rollout.mask).abs().max()) < TOLERANCE
+    expect_same(session.train(rollout), plain.train(rollout, COUPLED[objective]))
 
 
 def test_log_probs_that_were_not_refreshed_would_show(workers: Any, model: str) -> None:

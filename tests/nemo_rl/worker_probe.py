@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from tests.nemo_rl import cpu_host
+
 Named = dict[str, Tensor]
 
 
@@ -17,6 +19,10 @@ class Probe:
     cfg: dict[str, Any]
     model: Any
     optimizer: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        cpu_host.attend_without_flash()
+        super().__init__(*args, **kwargs)
 
     def watch_optimizer(self) -> None:
         """Begin to keep the gradients of optimizer steps."""

@@ -1,6 +1,9 @@
 """Jobs on nodes with addresses and host names of their own: wrong addresses, lost machines."""
 
 import json
+import os
+import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,8 +21,14 @@ pytestmark = pytest.mark.slow(reason="trains in jobs of a real Slurm")
 # No GLOO_SOCKET_IFNAME: gloo is to find the nodes' own addresses by their host names.
 ENVIRONMENT = f"cluster.environment=['PYTHONPATH={jobs.REPOSITORY}','OMP_NUM_THREADS=1']"
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
-# A node of which nothing is heard any more: it goes on alone, or nothing of it is left.
-LOSSES = ["cut off", "dead"] if IS_LONG else ["cut off"]
+# A node of which nothing is heard any more: it goes on alone, or nothing of it is left. The first
+# one has the job's script, rank 0 and the store of the ranks.
+LOSSES = [("n2", "cut off"), ("n2", "dead"), ("n1", "cut off")] if IS_LONG else [("n2", "cut off")]
+# What is said, and on which of the job's nodes, before Slurm knows.
+SAID = {
+    "n1": (1, "the store of the process group does not answer"),
+    "n2": (0, "rank 1 (n2, process"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -32,12 +41,20 @@ def whole(spread_slurm: LocalSlurm, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.fixture
-def unplugged(spread_slurm: LocalSlurm, network: Namespaces) -> Iterator[Callable[[], None]]:
-    """Cuts the second node off; it is back afterwards."""
-    yield lambda: network.unplug("n2")
-    network.plug_in("n2")
+def unplug(spread_slurm: LocalSlurm, network: Namespaces) -> Iterator[Callable[[str], None]]:
+    """Cuts a node off; it is back afterwards."""
+    cut: list[str] = []
+
+    def unplug(node: str) -> None:
+        cut.append(node)
+        network.unplug(node)
+
+    yield unplug
+    for node in cut:
+        network.plug_in(node)
     spread_slurm.clear()
-    spread_slurm.restart_node("n2")
+    for node in cut:
+        spread_slurm.restart_node(node)
 
 
 def test_ranks_meet_by_the_name_of_the_first_node(whole: Path) -> None:
@@ -47,6 +64,27 @@ def test_ranks_meet_by_the_name_of_the_first_node(whole: Path) -> None:
     told = doctor.read_text()
     assert "FAILURE" not in told
     assert "n1,n2" in told
+
+
+def test_a_start_that_fails_leaves_nothing(
+    network: Namespaces, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing = tmp_path / "ip"
+    real = shutil.which("ip")
+    failing.write_text(f'#!/bin/sh\ncase "$*" in *10.77.0.12*) exit 1 ;; esac\nexec {real} "$@"\n')
+    failing.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    before = (os.readlink("/proc/thread-self/ns/net"), os.environ.get("SLURM_CONF"))
+    namespaces, processes = Namespaces(2), children()
+    with pytest.raises(subprocess.CalledProcessError), LocalSlurm(namespaces):
+        pass
+    assert (os.readlink("/proc/thread-self/ns/net"), os.environ.get("SLURM_CONF")) == before
+    assert children() == processes
+
+
+def children() -> set[str]:
+    """The processes that this one has started and not seen end."""
+    return set(Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split())
 
 
 def test_a_wrong_address_ends_the_job_and_is_named(
@@ -79,11 +117,12 @@ def test_a_wrong_address_ends_the_job_and_is_named(
         assert not (folder / record.METRICS_FILE).exists()
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize(("node", "loss"), LOSSES)
 def test_a_lost_machine_is_survived(
+    node: str,
     loss: str,
     spread_slurm: LocalSlurm,
-    unplugged: Callable[[], None],
+    unplug: Callable[[str], None],
     whole: Path,
     tmp_path: Path,
 ) -> None:
@@ -91,25 +130,26 @@ def test_a_lost_machine_is_survived(
     arguments = ("run.name=run", "run.save_every=1", "parallel.timeout_minutes=0.1")
     job = jobs.launched(tmp_path, ENVIRONMENT, *arguments)
     jobs.wait_for_step(folder, 2)
-    unplugged()
+    unplug(node)
     if loss == "dead":
-        spread_slurm.kill_node("n2")
+        spread_slurm.kill_node(node)
     found = jobs.wait_for(job, tmp_path, *ENDED)
     told = jobs.logs(tmp_path)
     assert (found["JobState"], found["ExitCode"], found["Restarts"]) == ("COMPLETED", "0:0", "1")
-    assert "start 1: nodes n1 n3" in told
+    left = " ".join(name for name in spread_slurm.nodes if name != node)
+    assert f"start 1: nodes {left}" in told
     assert "resumed from" in told
-    # By the other rank, before Slurm knew.
-    (first,) = folder.glob("slurm/*/*/start0-train-node0.log")
-    assert "rank 1 (n2, process" in first.read_text()
+    index, what = SAID[node]
+    (log,) = folder.glob(f"slurm/*/*/start0-train-node{index}.log")
+    assert what in log.read_text()
     assert jobs.metrics(folder) == jobs.metrics(whole)
-    report(f"a machine {loss}", 1)
+    report(f"{node} {loss}", 1)
 
 
 def test_a_machine_lost_before_the_first_step_is_named(
-    spread_slurm: LocalSlurm, unplugged: Callable[[], None], tmp_path: Path
+    spread_slurm: LocalSlurm, unplug: Callable[[str], None], tmp_path: Path
 ) -> None:
-    unplugged()  # which Slurm does not know yet
+    unplug("n2")  # which Slurm does not know yet
     job = jobs.launched(tmp_path, ENVIRONMENT, "run.name=run", "cluster.doctor=true")
     jobs.wait_until(lambda: "start 1: nodes n1 n3" in jobs.logs(tmp_path), "the next", tmp_path)
     assert "start 0: n2 does not answer" in jobs.logs(tmp_path)
@@ -117,13 +157,13 @@ def test_a_machine_lost_before_the_first_step_is_named(
 
 
 def test_a_machine_lost_before_the_meeting_is_named(
-    spread_slurm: LocalSlurm, unplugged: Callable[[], None], tmp_path: Path
+    spread_slurm: LocalSlurm, unplug: Callable[[str], None], tmp_path: Path
 ) -> None:
     arguments = ("run.name=run", "cluster.doctor=true", "cluster.doctor_seconds=10")
     jobs.launched(tmp_path, ENVIRONMENT, *arguments)
     logs = "runs/run/slurm/*/*/start0-doctor-node{}.log"
     jobs.wait_until(lambda: any(tmp_path.glob(logs.format(1))), "its task", tmp_path)
-    unplugged()
+    unplug("n2")
     (first,) = tmp_path.glob(logs.format(0))
     jobs.wait_until(lambda: "FAILURE" in first.read_text(), "the findings", tmp_path)
     assert "present   n2  did not come to the meeting" in first.read_text()
