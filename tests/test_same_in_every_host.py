@@ -27,10 +27,9 @@ from nemo_apo.plugin.settled import settle_rollout_steps
 from nemo_apo.tasks import Prompt, SortTask
 from nemo_apo.trainer.pending import PendingRollout
 from nemo_apo.trainer.rollouts import Rollouts
+from tests.nemo_rl.small_host import Batch, Recorder
 from tests.parallel.ranks import run_ranks
 from tests.trainer.tiny_runs import WatchedStep, begin, parallel, tiny_config
-
-from .small_host import Batch, Recorder
 
 RL_STEPS, GROUP = 4, 4
 SCHEDULES: dict[str, dict[str, Any]] = {
