@@ -18,11 +18,11 @@ from nemo_apo.config import AnchorConfig, OptimizerConfig, UpdateConfig
 from nemo_apo.core.alpha_schedule import ScheduleState
 from nemo_apo.core.objectives import Weighing
 from nemo_apo.core.settling import RolloutLimits
-from nemo_apo.nemo_rl import columns
 from nemo_apo.nemo_rl.baselines import HISTOGRAM, ApoLogger, Baselines
 from nemo_apo.nemo_rl.loss import ApoLoss
 from nemo_apo.nemo_rl.policy import ApoRun, RunSizes, policy_factory
 from nemo_apo.nemo_rl.settings import BLOCK
+from nemo_apo.plugin import columns
 from nemo_apo.plugin.settled import settle_rollout_steps
 from nemo_apo.tasks import Prompt, SortTask
 from nemo_apo.trainer.pending import PendingRollout

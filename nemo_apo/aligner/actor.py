@@ -27,6 +27,7 @@ from nemo_apo.core.objectives import ClippedRatio, Objective
 from nemo_apo.core.objectives.interface import masked
 from nemo_apo.parallel.gather import all_gather_rows, broadcast_from_last, sum_over
 from nemo_apo.parallel.logits_logprobs import vocab_parallel_logprobs
+from nemo_apo.plugin.columns import attached
 from nemo_apo.plugin.settings import ApoSettings
 from nemo_apo.plugin.state import ApoState
 
@@ -167,7 +168,7 @@ class ApoActorMixin:
         tokens_BT = micro_batch[columns.TOKENS]
         read_BT = self._token_logprobs(micro_batch, tokens_BT, logits_BTv)
         inputs = columns.token_inputs(micro_batch, *read_BT)
-        weights = columns.attached(micro_batch, inputs.logprobs_BT)
+        weights = attached(micro_batch, inputs.logprobs_BT)
         loss = objective.token_loss(inputs, weights) + regularizers.token_loss(inputs, weights)
         with torch.no_grad():
             ratio_BT = torch.exp(

@@ -1,4 +1,4 @@
-"""The columns that travel with each sequence through the host's batches, named once.
+"""The columns of ours, beside those of an objective, and of the host in its batches, named once.
 
 Axes: B sequences of a micro-batch, N of an optimizer step or rollout, T tokens (targets), M of an
 optimizer step (over all ranks), m of those of them that are trained on, b of this rank's part.
@@ -17,26 +17,9 @@ GROUP_ID = "apo_group_id"
 ROW = "apo_row"
 OLD_LOGPROBS = "apo_old_logprobs"
 REFERENCE_LOGPROBS = "apo_reference_logprobs"
-COEFFICIENT = "apo_coefficient"
-ADVANTAGE = "apo_advantage"
-TOKEN_WEIGHT = "apo_token_weight"
 # Columns of the host that are read.
 TOKENS = "response_tokens"
 MASK = "mask"
-
-
-def attach(batch: dict[str, Tensor], columns: Columns) -> None:
-    """Put an objective's columns into a host batch, on the batch's device."""
-    columns = columns.to(batch[TOKENS].device)
-    batch[COEFFICIENT] = columns.coefficient_N
-    batch[ADVANTAGE] = columns.advantage_N
-    batch[TOKEN_WEIGHT] = columns.token_weight_N
-
-
-def attached(micro_batch: Mapping[str, Tensor], like: Tensor) -> Columns:
-    """An objective's columns of a micro-batch, on the device of ``like``."""
-    columns = Columns(micro_batch[COEFFICIENT], micro_batch[ADVANTAGE], micro_batch[TOKEN_WEIGHT])
-    return columns.to(like.device)
 
 
 def token_inputs(

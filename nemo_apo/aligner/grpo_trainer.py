@@ -46,6 +46,7 @@ from nemo_apo.core.settling import RolloutLimits
 from nemo_apo.core.step_order import whole_group_order
 from nemo_apo.parallel.gather import all_gather_rows, all_true, first_not_finite
 from nemo_apo.plugin.bookkeeping import finish_rl_step, note_staleness, stop_if_stuck
+from nemo_apo.plugin.columns import attach
 from nemo_apo.plugin.rollout import RolloutError
 from nemo_apo.plugin.settled import SettledRollout, settle_rollout_steps
 from nemo_apo.step_metrics import Stopwatch, Tally, UpdateFigures
@@ -195,7 +196,7 @@ class ApoGRPOTrainer(GRPOTrainer):
         anchor_is_old = self.apo.anchor.name == "old"
         weighing = tally.weigh(self.apo.objective, part, settled.alpha, anchor_is_old)
         mine = columns.rank_columns(weighing.columns, trained_M, _data_rank(), _data_ranks())
-        columns.attach(batch, mine)
+        attach(batch, mine, batch[columns.TOKENS].device)
         # A weight of 0 is not enough: 0 times a log-prob that is not finite is not 0.
         share = len(batch[columns.ROW])
         trained_b = trained_M[_data_rank() * share :][:share].to(batch[columns.MASK].device)

@@ -1,20 +1,16 @@
-"""The columns that travel with each sequence through the host's batches, named once.
+"""The columns of the host that are read, named once, and what they say of targets.
 
-The host's [B, S] columns speak of tokens: position t holds what is known of token t. Ours speak of
-targets: position t holds what is known of token t + 1, so the first position is left out. Axes: B
-sequences of a micro-batch, S tokens, T = S - 1 targets.
+The host's [B, S] columns speak of tokens: position t holds what is known of token t. The core
+speaks of targets: position t holds what is known of token t + 1, so the first position is left
+out. Axes: B sequences of a micro-batch, S tokens, T = S - 1 targets.
 """
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping
 
 from torch import Tensor
 
-from nemo_apo.core.objectives import Columns, TokenInputs
+from nemo_apo.core.objectives import TokenInputs
 
-COEFFICIENT = "apo_coefficient"
-ADVANTAGE = "apo_advantage"
-TOKEN_WEIGHT = "apo_token_weight"
-# Columns of the host that are read.
 TOKENS = "input_ids"
 LENGTHS = "input_lengths"
 TOKEN_MASK = "token_mask"
@@ -35,19 +31,6 @@ def target_mask(batch: Mapping[str, Tensor]) -> Tensor:
     """Which targets are completion tokens of sequences that count, [B, T] bool."""
     counts_B1 = batch[SAMPLE_MASK].bool().unsqueeze(-1)
     return targets(batch[TOKEN_MASK]).bool() & counts_B1
-
-
-def attach(batch: MutableMapping[str, Tensor], columns: Columns) -> None:
-    """Put an objective's columns into a batch of the host."""
-    batch[COEFFICIENT] = columns.coefficient_N
-    batch[ADVANTAGE] = columns.advantage_N
-    batch[TOKEN_WEIGHT] = columns.token_weight_N
-
-
-def attached(micro_batch: Mapping[str, Tensor], like: Tensor) -> Columns:
-    """An objective's columns of a micro-batch, on the device of ``like``."""
-    columns = Columns(micro_batch[COEFFICIENT], micro_batch[ADVANTAGE], micro_batch[TOKEN_WEIGHT])
-    return columns.to(like.device)
 
 
 def token_inputs(micro_batch: Mapping[str, Tensor], logprobs_BT: Tensor) -> TokenInputs:

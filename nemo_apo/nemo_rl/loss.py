@@ -18,10 +18,10 @@ from nemo_apo.core.objectives.regularizers import k3
 from nemo_apo.nemo_rl.columns import (
     SAMPLE_MASK,
     SAMPLER_LOGPROBS,
-    attached,
     targets,
     token_inputs,
 )
+from nemo_apo.plugin.columns import attached
 
 # Sums over completion tokens that the driver divides; they do not reach the host's log.
 TOKEN_SUMS = ("apo_clipped_tokens", "apo_tokens")
@@ -30,7 +30,7 @@ TOKEN_SUMS = ("apo_clipped_tokens", "apo_tokens")
 class ApoLoss:
     """``LossFunction`` of the host for any objective of this package.
 
-    The batch must hold the columns of ``nemo_apo.nemo_rl.columns``: everything that couples
+    The batch must hold the columns of ``nemo_apo.plugin.columns``: everything that couples
     sequences is settled in them, so the loss of a global batch is the sum over its micro-batches,
     however they were cut or packed.
 

@@ -29,6 +29,7 @@ from nemo_apo.nemo_rl.checkpoint import load_state, save_state
 from nemo_apo.nemo_rl.loss import TOKEN_SUMS, ApoLoss
 from nemo_apo.nemo_rl.metrics import joined, token_sum
 from nemo_apo.plugin.bookkeeping import TrainingStopped, finish_rl_step, stop_if_stuck
+from nemo_apo.plugin.columns import attach
 from nemo_apo.plugin.rollout import RolloutError
 from nemo_apo.plugin.settings import ApoSettings
 from nemo_apo.plugin.settled import SettledRollout, settle_rollout_steps, spread_columns
@@ -278,7 +279,8 @@ class _OptimizerStep:
     def take(self, weighing: Weighing, trained_M: Tensor) -> None:
         """Put the columns into the batch; sequences that are not trained on count for nothing."""
         self.weighing = weighing
-        columns.attach(self.data, spread_columns(weighing.columns, trained_M))
+        spread = spread_columns(weighing.columns, trained_M)
+        attach(self.data, spread, self.data[columns.TOKENS].device)
         # A weight of 0 is not enough: 0 times a log-prob that is not finite is not 0.
         mask_M = self.data[columns.SAMPLE_MASK]
         self.data[columns.SAMPLE_MASK] = mask_M * trained_M.to(mask_M)

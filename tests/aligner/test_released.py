@@ -83,6 +83,7 @@ def take_step(rank: int, case: Released, full: dict[str, Tensor] | None) -> dict
     from nemo_apo.core.groups import Groups
     from nemo_apo.core.objectives import GroupBatch
     from nemo_apo.parallel.gather import all_gather_rows
+    from nemo_apo.plugin.columns import attach
 
     actor, made = build(case, full), made_batch()
     weights = shards.full_weights(actor) if full is None else None
@@ -118,7 +119,7 @@ def take_step(rank: int, case: Released, full: dict[str, Tensor] | None) -> dict
     batch = {name: local[name] for name in ("response_tokens", "mask")}
     batch[columns.OLD_LOGPROBS] = logprobs + local["drift"]
     mine = torch.arange(first, first + share)
-    columns.attach(batch, weighing.columns.select(mine))
+    attach(batch, weighing.columns.select(mine), torch.device("cpu"))
     actor.prepare_for_training()
     actor.zero_grad()
     actor.prepare_for_training_step()

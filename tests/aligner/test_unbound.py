@@ -55,7 +55,8 @@ def light_actor() -> Any:
 
 def _micro_batch(model: Toy) -> dict[str, torch.Tensor]:
     """Four answers of one group, with the columns of an APO step off the anchor."""
-    from nemo_apo.aligner import columns
+    from nemo_apo.aligner.columns import OLD_LOGPROBS
+    from nemo_apo.plugin import columns
 
     draw = torch.Generator().manual_seed(1)
     tokens = torch.randint(0, VOCABULARY, (COUNT, WIDTH), generator=draw)
@@ -68,7 +69,7 @@ def _micro_batch(model: Toy) -> dict[str, torch.Tensor]:
         "attention_mask": torch.ones(COUNT),
         "position_ids": tokens,
         "mask": mask,
-        columns.OLD_LOGPROBS: _old(model, tokens),
+        OLD_LOGPROBS: _old(model, tokens),
         columns.COEFFICIENT: _coefficients(u.detach(), advantages),
         columns.ADVANTAGE: advantages,
         columns.TOKEN_WEIGHT: torch.ones(COUNT, dtype=torch.float64),

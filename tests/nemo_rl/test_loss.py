@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from nemo_apo.core.objectives import OBJECTIVES, Columns, Regularizers
-from nemo_apo.nemo_rl import columns
 from nemo_apo.nemo_rl.loss import TOKEN_SUMS, ApoLoss
+from nemo_apo.plugin.columns import attach
 
 from .small_host import Batch, batch_with
 
@@ -27,7 +27,8 @@ def batch() -> Batch:
         reference_policy_logprobs=torch.tensor([[0.0, -1.0, -2.5, -0.5], [0.0, 1.0, 1.0, 1.0]]),
     )
     weights = torch.tensor([0.5, 0.25], dtype=torch.float64)
-    columns.attach(data, Columns(torch.tensor([3.0, 7.0]).double(), weights.clone(), weights))
+    made = Columns(torch.tensor([3.0, 7.0]).double(), weights.clone(), weights)
+    attach(data, made, weights.device)
     return data
 
 
