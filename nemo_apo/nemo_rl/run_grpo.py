@@ -8,7 +8,8 @@
 well; overrides are Hydra's. Run it in NeMo-RL's folder and environment, in place of its
 ``examples/run_grpo.py``, whose steps it takes. The configuration is checked first, then whether the
 host is one that this package knows, and only then does Ray start: a mistake ends with status 2 and
-one sentence. ``--check`` ends after the first of these, with the settings.
+one sentence, a run that cannot go on with status 1. ``--check`` ends after the first of these, with
+the settings.
 """
 
 import argparse
@@ -30,7 +31,9 @@ from nemo_apo.config import ConfigError, require
 from nemo_apo.nemo_rl import host_rules, interface_guard, recipes
 from nemo_apo.nemo_rl.host_rules import value_of
 from nemo_apo.nemo_rl.settings import BLOCK, read_settings
+from nemo_apo.plugin.bookkeeping import TrainingStopped
 from nemo_apo.plugin.interface_guard import InterfaceMismatch
+from nemo_apo.plugin.rollout import RolloutError
 from nemo_apo.plugin.settings import ApoSettings
 
 USER_ERROR = 2
@@ -56,6 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         run(config, settings)
     except (ConfigError, InterfaceMismatch) as error:
         _leave(str(error))
+    except (RolloutError, TrainingStopped) as stopped:
+        raise SystemExit(f"nemo-apo: {stopped}") from None
 
 
 def check(config: Mapping[str, Any]) -> ApoSettings:

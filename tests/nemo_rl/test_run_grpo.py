@@ -15,7 +15,9 @@ import nemo_apo
 from nemo_apo.config import ConfigError
 from nemo_apo.nemo_rl import host_rules, interface_guard, run_grpo
 from nemo_apo.nemo_rl.settings import read_settings
+from nemo_apo.plugin.bookkeeping import TrainingStopped
 from nemo_apo.plugin.interface_guard import InterfaceMismatch, Needed
+from nemo_apo.plugin.rollout import RolloutError
 from tests.nemo_rl import example_host
 from tests.nemo_rl.example_config import NEEDED, example
 
@@ -124,6 +126,21 @@ def test_what_is_checked_is_run(
     assert config["grpo"]["adv_estimator"]["normalize_rewards"] is False
     assert guarded == [(interface_guard.CONFIGURATION,), ()], "first its files, then the rest"
     assert os.environ["PYTHONPATH"] == str(ROOT.resolve())
+
+
+@pytest.mark.parametrize("stopped", [RolloutError("no groups"), TrainingStopped("not finite")])
+def test_a_run_that_cannot_go_on_ends_with_its_reason(
+    stopped: Exception, host: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any) -> None:
+        raise stopped
+
+    monkeypatch.setattr(run_grpo, "run", stop)
+    monkeypatch.setattr(interface_guard, "check", lambda *needed: None)
+    monkeypatch.setenv("PYTHONPATH", "")
+    with pytest.raises(SystemExit, match=str(stopped)) as error:
+        run_grpo.main(["--config", str(host / EXAMPLE), *FITTING])
+    assert error.value.code == f"nemo-apo: {stopped}", "text: said, and status 1"
 
 
 class TestWorkers:
