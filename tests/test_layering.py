@@ -43,7 +43,7 @@ ALLOWED: dict[str, set[str]] = {
     | CONFIG,
     "launch": {"planning"} | CONFIG,
     "doctor": {"versions"} | CONFIG,
-    "plugin": {"core", "record", "step_metrics"} | CONFIG,
+    "plugin": {"core", "record", "step_metrics", "versions"} | CONFIG,
     "aligner": {"core", "record", "step_metrics", "parallel", "plugin"} | CONFIG,
     "nemo_rl": {"core", "record", "step_metrics", "plugin"} | CONFIG,
 }

@@ -275,7 +275,7 @@ class ApoGRPOTrainer(GRPOTrainer):
         state = replace(self.model.apo_state, rl_steps=self.step)
         metrics, findings, following = finish_rl_step(state, settled, tally, watch, self.apo)
         for finding in findings:
-            logging.warning(f"{finding.name}: {finding.message}; {finding.advice}")
+            logging.warning(finding)
         self.logger.log_metrics(metrics, step=self.step, prefix="train_optim/")
         self.model.apo_state = following
 

@@ -252,10 +252,8 @@ def _check_reference(config: Mapping[str, Any], settings: ApoSettings) -> None:
         rule += "policy at the start (nothing else reads this value)"
         require(_is_number(penalty) and penalty > 0.0, REFERENCE, shown(penalty), rule)
     else:
-        rule = (
-            "must be 0 with apo.regularizers.kl_coef=0: this loss does not read it, and the host "
-        )
-        rule += "would load a reference that nothing compares with"
+        rule = "must be 0 with apo.regularizers.kl_coef=0: this loss does not read it, and the "
+        rule += "host would load a reference that nothing compares with"
         require(penalty == 0.0, REFERENCE, shown(penalty), rule)
         return
     key = "grpo.skip_reference_policy_logprobs_calculation"

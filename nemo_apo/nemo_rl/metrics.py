@@ -70,10 +70,10 @@ def _micro_batch_metrics(calls: Sequence[Mapping[str, Sequence[float]]]) -> Micr
     """The lists of all calls, so weighed that the host's sum is the mean over the calls."""
     if not calls:
         return {name: [value] for name, value in _REQUIRED.items()}
-    joined: MicroBatchMetrics = {}
+    metrics: MicroBatchMetrics = {}
     for name in calls[0].keys() - set(TOKEN_SUMS):
         values = [value for call in calls for value in call.get(name, [])]
         is_extreme = "_min" in name or "_max" in name
         scale = 1.0 if name in _HOST_MEANS or is_extreme else 1.0 / len(calls)
-        joined[name] = [value * scale for value in values]
-    return joined
+        metrics[name] = [value * scale for value in values]
+    return metrics

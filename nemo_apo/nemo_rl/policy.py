@@ -252,7 +252,7 @@ class ApoPolicyMixin:
             self.apo.state, settled, tally, watch, self.apo.settings
         )
         for finding in findings:
-            self.apo.report(f"{finding.name}: {finding.message}; {finding.advice}")
+            self.apo.report(finding)
         nothing = float("nan")
         loss, grad_norm = (
             metrics.get(name, nothing) for name in (record.OBJECTIVE_VALUE, record.GRAD_NORM)

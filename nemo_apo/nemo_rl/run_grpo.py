@@ -183,7 +183,7 @@ def total_steps(config: Mapping[str, Any], dataset: Sized | Mapping[str, Any]) -
     steps = value_of(config, host_rules.STEPS)
     if not value_of(config, "data.use_multiple_dataloader", False):
         batch = value_of(config, host_rules.PROMPTS)
-        if value_of(config, "grpo.use_dynamic_sampling", False):
+        if value_of(config, host_rules.DYNAMIC_SAMPLING, False):
             batch = int(batch * value_of(config, "grpo.batch_multiplier", 1))
         steps = min(steps, value_of(config, host_rules.EPOCHS) * (len(dataset) // batch))
         rule = f"leaves no RL step: the training data hold {len(dataset)} prompts"

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from nemo_apo.core.diagnostics import Finding, observe
+from nemo_apo.core.diagnostics import observe
 from nemo_apo.core.objectives import Objective, Weighing
 from nemo_apo.core.objectives.anchored import uses_stale_logprobs
 from nemo_apo.plugin.settings import ApoSettings
@@ -53,8 +53,8 @@ def stop_if_stuck(tally: Tally, apo: ApoSettings, rl_step: int) -> None:
 
 def finish_rl_step(
     state: ApoState, settled: SettledRollout, tally: Tally, watch: Stopwatch, apo: ApoSettings
-) -> tuple[dict[str, float], list[Finding], ApoState]:
-    """The metrics of the optimizer steps together, failure signatures, and the next state.
+) -> tuple[dict[str, float], list[str], ApoState]:
+    """The metrics of the optimizer steps together, failure signatures in words, and the next state.
 
     Args:
         state: as it was when the rollout was settled.
@@ -73,4 +73,5 @@ def finish_rl_step(
         diagnostics=diagnostics,
         skipped_in_a_row=tally.in_a_row,
     )
-    return metrics, findings, following
+    told = [f"{finding.name}: {finding.message}; {finding.advice}" for finding in findings]
+    return metrics, told, following

@@ -6,9 +6,10 @@ fails here with its name instead of somewhere in a run.
 """
 
 import importlib
-import importlib.metadata
 import inspect
 from dataclasses import dataclass
+
+from nemo_apo.versions import versions_of
 
 
 class InterfaceMismatch(ImportError):
@@ -51,7 +52,10 @@ def check(needed: tuple[Needed, ...], tested: Tested) -> None:
     for need in needed:
         problem = _problem(need)
         if problem:
-            installed = ", ".join(f"{name} {_version(name)}" for name in tested.packages)
+            found = versions_of(tested.packages)
+            installed = ", ".join(
+                f"{name} {found.get(name, 'missing')}" for name in tested.packages
+            )
             raise InterfaceMismatch(
                 f"{problem}; {tested.plugin} was tested with {tested.versions}; "
                 f"installed: {installed}"
@@ -75,10 +79,3 @@ def _problem(need: Needed) -> str:
         return ""
     lost = [name for name in need.parameters if name not in parameters]
     return f"{need.module}.{need.path} has no parameter {', '.join(lost)}" if lost else ""
-
-
-def _version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "missing"
